@@ -286,37 +286,45 @@ async def conclude(
         if error is None:
             raise raced
         return
-    sync = session.sync_session
+    if error is None:
+        try:
+            await send_pending(session, function=function)
+            asked_for = ledger.rollback_only
+            if not asked_for and session.sync_session.in_transaction():
+                await commit(session, function=function)
+        except BaseException as raised:
+            await settle_failed(session, raised, close=close)
+            raise
+        if not asked_for:
+            await settle_hooks(ledger, committed=True, close=close)
+            return
+    await _roll_back_and_settle(session, error, close)
+    if isinstance(error, PoolTimeoutError):
+        raise no_connection(error, session, function)
+
+
+async def send_pending(session: AsyncSession, *, function: str) -> None:
+    """Flush what a provided session is about to commit. One that was told to roll back is left as it is.
+
+    Raises:
+        UnexpectedRollbackError: nothing of its transaction can be committed.
+    """
+    ledger, sync = ledger_of(session), session.sync_session
     transaction = sync.get_transaction()
-    wanted = error is None and not ledger.rollback_only
-    try:
-        if wanted and transaction is not None and not _is_lost(ledger, transaction) and not driver.is_clean(sync):
-            await session.flush()
-    except BaseException as raised:
-        await settle_failed(session, raised, close=close)
-        raise
-    if error is not None or ledger.rollback_only or ledger.doomed is not None:
-        doomed, asked_for = ledger.doomed, ledger.rollback_only
-        await _roll_back_and_settle(session, error, close)
-        if error is None and doomed is not None and not asked_for:
-            raise doomed_by(doomed, function)
-        if isinstance(error, PoolTimeoutError):
-            raise no_connection(error, session, function)
+    if ledger.rollback_only:
         return
-    try:
-        if transaction is not None:
-            if _is_lost(ledger, transaction):
-                raise swallowed(ledger, function, transaction)
-            await commit(session, function=function)
-    except BaseException as raised:
-        await settle_failed(session, raised, close=close)
-        raise
-    await settle_hooks(ledger, committed=True, close=close)
+    _refuse_lost(ledger, transaction, function)
+    if transaction is not None and not driver.is_clean(sync):
+        await session.flush()
+        if not ledger.rollback_only:  # which may have been asked for meanwhile
+            _refuse_lost(ledger, transaction, function)
 
 
-def _is_lost(ledger: Ledger, transaction: SessionTransaction) -> bool:
-    """Tell whether nothing of the transaction can be committed, whatever was asked for."""
-    return ledger.failure is not None or not transaction.is_active
+def _refuse_lost(ledger: Ledger, transaction: SessionTransaction | None, function: str) -> None:
+    if ledger.doomed is not None:
+        raise doomed_by(ledger.doomed, function)
+    if transaction is not None and (ledger.failure is not None or not transaction.is_active):
+        raise swallowed(ledger, function, transaction)
 
 
 async def _roll_back_and_settle(session: AsyncSession, error: BaseException | None, close: Close | None) -> None:

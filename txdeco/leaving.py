@@ -136,7 +136,7 @@ async def _leave_owner(scope: Scope, error: BaseException | None) -> BaseExcepti
     refusal, sync = _refusal(scope, error), scope.session.sync_session
     if refusal is None and not scope.rollback_only and not driver.is_clean(sync):
         try:
-            await (scope.session.flush() if not scope.own_deadline else _in_time(scope, scope.session.flush()))
+            await _in_time(scope, scope.session.flush())
         except BaseException as failed:
             return await _commit_failed(scope, failed, error)
         refusal = _refusal(scope, error)
@@ -154,9 +154,10 @@ async def _leave_owner(scope: Scope, error: BaseException | None) -> BaseExcepti
     return error
 
 
-def _in_time(scope: Scope, work: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, None]:
-    """Await *work*, which can still be undone, until the deadline that the scope has of its own."""
-    assert scope.deadline is not None
+def _in_time(scope: Scope, work: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any]:
+    """Return *work*, which can still be undone, bound by the deadline that the scope has of its own, if it has one."""
+    if not scope.own_deadline or scope.deadline is None:
+        return work
     return scope.deadline.bound(work, scope.function)
 
 
@@ -260,7 +261,7 @@ async def _leave_savepoint(scope: Scope, error: BaseException | None) -> BaseExc
         await undo_savepoint(scope)
         return _from_exception(refusal, error)
     try:
-        await (_release(scope) if not scope.own_deadline else _in_time(scope, _release(scope)))
+        await _in_time(scope, _release(scope))
     except BaseException as failed:
         await undo_savepoint(scope)
         return _translated(scope, failed)
@@ -324,8 +325,7 @@ async def _leave_autocommit(scope: Scope, error: BaseException | None) -> BaseEx
     wanted = _wants_commit(scope, error)
     refusal = _refusal(scope, error) if wanted else None
     if wanted and refusal is None:
-        ending = scope.session.run_sync(end_commit, scope.ledger)
-        await (ending if not scope.own_deadline else _in_time(scope, ending))
+        await _in_time(scope, scope.session.run_sync(end_commit, scope.ledger))
     else:
         await roll_back(scope.session)
     raised = error if refusal is None else _from_exception(refusal, error)

@@ -179,6 +179,11 @@ class Ledger:
         self.expected = False  # txdeco itself is ending the transaction
         self.committed = False  # the outermost transaction has just committed
 
+    @property
+    def reader(self) -> Scope | None:
+        """The outermost scope that declared the transaction read-only; those for locks inside only share it."""
+        return next((scope for scope in self.scopes if scope.spec.read_only), None)
+
     def statements(self) -> set[str]:
         """Return the texts executed since the transaction began and before anybody declared one."""
         return {text for watch in self.watches.values() for text in watch.statements}

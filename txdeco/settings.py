@@ -154,7 +154,7 @@ def check_joining(spec: ScopeSpec, scope: Scope | None, *, function: str) -> Non
             "Declare it on the outermost scope, or use propagation='requires_new'",
         )
     if scope is not None and scope.read_only and not (spec.read_only or spec.for_locks):
-        reader = next((each for each in scope.ledger.scopes if each.spec.read_only), scope)  # locks only share it
+        reader = scope.ledger.reader or scope
         raise PropagationError(
             function,
             f"it may write, and {reader.function} declared its transaction read-only",

@@ -166,16 +166,21 @@ async def test_a_session_that_cannot_see_changes_cannot_wait_for_them(
         assert (await session.get_one(Order, order)).status == "new"  # the transaction goes on
 
 
+async def sees_the_next_change(engine: AsyncEngine, maker: Maker, session: AsyncSession, order: int) -> None:
+    """Change the row once *session* has looked at it itself for some time; see that it finds the change."""
+    looks = Statements(engine)
+    wait = asyncio.ensure_future(wait_for_row_change(session, Order, order, interval=0.01, shared=False))
+    await until(lambda: sum("SELECT" in each for each in looks) >= 3)
+    await write(maker, "UPDATE \"order\" SET status = 'paid'")
+    assert (await wait).status == "paid"
+
+
 async def test_a_session_that_stays_open_reads_itself_at_read_committed(
     engine: AsyncEngine, maker: Maker, order: int
 ) -> None:
     """With shared=False in a declared transaction each look sees what has been committed by then."""
     async with maker() as session, get_transaction(session):
-        looks = Statements(engine)
-        wait = asyncio.ensure_future(wait_for_row_change(session, Order, order, interval=0.01, shared=False))
-        await until(lambda: sum("SELECT" in each for each in looks) >= 3)
-        await write(maker, "UPDATE \"order\" SET status = 'paid'")
-        assert (await wait).status == "paid"
+        await sees_the_next_change(engine, maker, session, order)
 
 
 async def test_a_session_of_snapshots_that_is_released_reads_itself(
@@ -184,11 +189,7 @@ async def test_a_session_of_snapshots_that_is_released_reads_itself(
     """At REPEATABLE READ each look of a session that has only read has a transaction, and a snapshot, of its own."""
     async with AsyncSession(engine.execution_options(isolation_level="REPEATABLE READ")) as session:
         await session.get_one(Order, order)
-        looks = Statements(engine)
-        wait = asyncio.ensure_future(wait_for_row_change(session, Order, order, interval=0.01, shared=False))
-        await until(lambda: sum("SELECT" in each for each in looks) >= 3)
-        await write(maker, "UPDATE \"order\" SET status = 'paid'")
-        assert (await wait).status == "paid"
+        await sees_the_next_change(engine, maker, session, order)
 
 
 async def test_a_session_in_autocommit_reads_itself_whatever_the_default_isolation_is(

@@ -25,7 +25,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from txdeco import driver
-from txdeco.commits import doomed_by, swallowed
+from txdeco.commits import send_pending
 from txdeco.errors import MisuseError, SessionOwnershipError, UnsupportedError
 from txdeco.fastapi.clients import Client
 from txdeco.ledger import ledger_of
@@ -153,16 +153,7 @@ class _Unit:
 
     async def flush(self) -> None:
         """Send what the session has not sent yet, unless nothing of it is going to be committed."""
-        ledger, sync = ledger_of(self.session), self.session.sync_session
-        transaction = sync.get_transaction()
-        if ledger.rollback_only or transaction is None:
-            return
-        if ledger.doomed is not None:
-            raise doomed_by(ledger.doomed, self._function)
-        if ledger.failure is not None or not transaction.is_active:
-            raise swallowed(ledger, self._function, transaction)
-        if not driver.is_clean(sync):
-            await self.session.flush()
+        await send_pending(self.session, function=self._function)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -111,7 +111,7 @@ def _no_table(taking: Taking, function: str) -> UnsupportedError:
 def _read_only(taking: Taking, rows: Sequence[WantedRows], function: str) -> PropagationError | UnsupportedError:
     """Name what the server grants to nobody who only reads: row locks; on a standby, strong table locks as well."""
     classes = ", ".join(each.mapper.class_.__name__ for each in rows)
-    outer = next((each for each in taking.scope.ledger.scopes if each.spec.read_only), None)
+    outer = taking.scope.ledger.reader
     if taking.done and outer is not None:
         return PropagationError(
             function,
