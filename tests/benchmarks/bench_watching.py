@@ -270,20 +270,20 @@ def writing(server: Server) -> None:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "update.sql"
         script.write_text("\\set id random(1, 5000)\nUPDATE orders SET total = total + 1 WHERE id = :id;\n")
-        for _ in range(15):
-            for name, sql in (
-                ("no trigger", drop_watch_sql(Order)),
-                ("trigger on all columns", create_watch_sql(Order)),
-                ("trigger on the column written", create_watch_sql(Order, columns=["total"])),
-                ("trigger on another column", create_watch_sql(Order, columns=["status"])),
-            ):
+        kinds = [
+            ("no trigger", drop_watch_sql(Order)),
+            ("trigger on all columns", create_watch_sql(Order)),
+            ("trigger on the column written", create_watch_sql(Order, columns=["total"])),
+            ("trigger on another column", create_watch_sql(Order, columns=["status"])),
+        ]
+        command = [found[-1], "-n", "-c", "16", "-j", "1", "-t", "500", "-M", "prepared", "-f", script]
+        for _ in range(40):  # many short runs, each time in another order: the machine has moods
+            random.shuffle(kinds)
+            for name, sql in kinds:
                 asyncio.run(_prepare(server.url(), 5000, sql))
-                command = [found[-1], "-n", "-c", "16", "-j", "1", "-t", "500", "-M", "prepared", "-f", script]
-                out = subprocess.run(
-                    [*command, server.url(driver="")], capture_output=True, text=True, check=True
-                ).stdout
-                rates.setdefault(name, []).append(float(re.search(r"tps = ([\d.]+)", out)[1]))  # type: ignore[index]
-    for name, values in rates.items():
+                run = subprocess.run([*command, server.url(driver="")], capture_output=True, text=True, check=True)
+                rates.setdefault(name, []).append(float(re.search(r"tps = ([\d.]+)", run.stdout)[1]))  # type: ignore[index]
+    for name, values in sorted(rates.items()):
         ratio = statistics.median(value / base for value, base in zip(values, rates["no trigger"], strict=True))
         print(f"{name:30} {statistics.median(values):9.0f} updates/s   {ratio:.2f} of the rate without")
 

@@ -2,9 +2,13 @@
 
 A notification is a hint: the channel of the table, and a hash of the row's key. The row itself is read again. Writers
 send one only while somebody waits: waiters keep a lease on the table, the time until which they want to hear, as the
-value of a sequence. A sequence is seen by everybody at once, whatever transaction they are in, takes no lock that
-others wait for, and a lease that nobody renews ends by itself. NOTIFY makes commits queue up behind each other
-(https://www.postgresql.org/docs/current/sql-notify.html), so this is what keeps it from the writers nobody waits for.
+value of a sequence. A sequence is seen by everybody at once, whatever transaction they are in, and takes no lock that
+others wait for. NOTIFY makes commits queue up behind each other (https://www.postgresql.org/docs/current/sql-notify.html),
+so this is what keeps it from the writers nobody waits for.
+
+Writers parse the WHEN of a trigger anew for each statement, so it asks as little as can be asked of a sequence: whether
+it has been called. It has not while there is a lease. A lease that nobody renews ends by itself: the first writer that
+finds it over calls the sequence, and those after it are not disturbed until somebody waits again.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 TRIGGERS: Final = ("txdeco_watch", "txdeco_watch_truncate")
 HINTS: Final = 32  # a transaction that changes more rows of a table sends one hint for the whole table after that
 
+_DONE: Final = "TXDEC"  # an SQLSTATE of our own
 _NOW: Final = "pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())"
 
 
@@ -38,19 +43,18 @@ class WatchDDL:
             _qualified(schema, f"{stem}_{each}") for each in ("notify", "awake", "wake", "lease")
         )
         self.lease_id = f"{_literal(_qualified(schema, f'{stem}_lease', _quoted))}::pg_catalog.regclass"
-        self._is_awake = f"pg_catalog.pg_sequence_last_value({self.lease_id}) > {_NOW}"
 
     def create(self, keys: list[str], columns: list[str] | None) -> list[str]:
         """Return the commands that install the watch.
 
-        Writers parse the WHEN of a trigger anew for each statement, so it is the lease alone; and they would plan a
-        function in SQL anew, so it does not call `awake`. Who may not read the lease (grants get lost in a restore)
-        notifies, whoever waits: a writer must not fail, nor be missed. `UPDATE OF` costs those who write to other
-        columns nothing; without *columns* the function compares the row.
+        Who may not read the lease (grants get lost in a restore) is not to fail, nor to be missed: PostgreSQL says NULL
+        to them from 18 on; older ones are asked. `UPDATE OF` costs those who write to other columns nothing; without
+        *columns* the function compares the row.
         """
         row, truncate = TRIGGERS
         of = f" OF {', '.join(map(_escaped, dict.fromkeys([*keys, *columns])))}" if columns is not None else ""
-        may_read = f"pg_catalog.has_sequence_privilege({self.lease_id}, 'SELECT')"
+        awake = f"pg_catalog.pg_sequence_last_value({self.lease_id}) IS NULL"
+        may_not_read = f"NOT pg_catalog.has_sequence_privilege({self.lease_id}, 'SELECT')"
 
         def triggers(when: str) -> str:
             rest = f"WHEN ({when}) EXECUTE FUNCTION {self.notify}('{self.channel}', '{self.seed}')"
@@ -61,43 +65,89 @@ class WatchDDL:
 
         return [
             *self._functions(keys, compare=columns is None),
-            # from 18 on it is NULL, and no error, to whoever may not read it; so it must not be NULL from the beginning
-            f"IF pg_catalog.pg_sequence_last_value({self.lease_id}) IS NULL THEN"
-            f" PERFORM pg_catalog.setval({self.lease_id}, 0); END IF",
             "IF pg_catalog.current_setting('server_version_num')::integer >= 180000 THEN "
-            f"{triggers(f'COALESCE({self._is_awake}, true)')} "
-            f"ELSE {triggers(f'CASE WHEN {may_read} THEN {self._is_awake} ELSE true END')} END IF",
+            f"{triggers(awake)} ELSE {triggers(f'{may_not_read} OR {awake}')} END IF",
         ]
 
     def _functions(self, keys: list[str], *, compare: bool) -> list[str]:
-        owned = "LANGUAGE sql VOLATILE SECURITY DEFINER"  # waiters need no right to change the sequence
+        # all run as their owner: whoever waits or writes needs no right to the sequence
+        owned = "LANGUAGE sql VOLATILE SECURITY DEFINER"
         nothing = ", ".join(f"(NULL::{self.table}).{_escaped(key)}" for key in keys)
         return [
             # fails here, and not in a writer, where the type of a key cannot be hashed
             f"PERFORM pg_catalog.hash_record_extended(ROW({nothing}), 1)",
-            f"CREATE SEQUENCE IF NOT EXISTS {self.lease} MINVALUE 0 START 0",
+            f"CREATE SEQUENCE IF NOT EXISTS {self.lease}",
             f"GRANT SELECT ON SEQUENCE {self.lease} TO PUBLIC",  # it says when somebody waits, and no more
-            f"CREATE OR REPLACE FUNCTION {self.awake}() RETURNS boolean {owned} RETURN {self._is_awake}",
-            f"CREATE OR REPLACE FUNCTION {self.wake}(seconds double precision) RETURNS bigint {owned}"
-            f" RETURN pg_catalog.setval({self.lease_id}, ({_NOW} + LEAST(seconds, 60))::bigint)",
+            f"CREATE OR REPLACE FUNCTION {self.awake}() RETURNS boolean {owned}"
+            f" RETURN (SELECT NOT is_called AND last_value > {_NOW} FROM {self.lease})",
+            # in step with the writer that finds the lease over
+            f"CREATE OR REPLACE FUNCTION {self.wake}(seconds double precision) RETURNS bigint {owned} BEGIN ATOMIC"
+            f" SELECT pg_catalog.pg_advisory_xact_lock_shared('{self.seed}'::bigint);"
+            f" SELECT pg_catalog.setval({self.lease_id}, ({_NOW} + LEAST(seconds, 60))::bigint, false); END",
             f"GRANT EXECUTE ON FUNCTION {self.awake}(), {self.wake}(double precision) TO PUBLIC",
-            f"CREATE OR REPLACE FUNCTION {self.notify}() RETURNS trigger LANGUAGE plpgsql AS $txdeco_notify$"
-            f"{self._body(keys, compare=compare)}$txdeco_notify$",
+            f"CREATE OR REPLACE FUNCTION {self.notify}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
+            f" SET search_path = pg_catalog, pg_temp"
+            f" AS $txdeco_notify${self._body(keys, compare=compare)}$txdeco_notify$",
         ]
 
     def _body(self, keys: list[str], *, compare: bool) -> str:
+        """Return what the trigger does once somebody waits, or has waited.
+
+        The first row of a transaction asks until when, unless its session knows of a lease that goes on. If that is
+        over the transaction need not ask again: those who begin to wait meanwhile wait for its end. It finds the lease
+        by what the trigger, or the one of the partitioned table that it is a copy of, depends on: no renaming changes
+        that. Nobody can renew a lease while it is given up: the lock that keeps them from it is given back with a
+        savepoint, at once and however that ends; a sequence takes no part in savepoints.
+        """
         same = "NOT pg_catalog.record_image_ne(OLD, NEW)" if compare else "false"
-        sent = f"txdeco.sent_{self.channel.removeprefix('txdeco_')}"
+        sent, ends = (f"txdeco.{each}_{self.channel.removeprefix('txdeco_')}" for each in ("sent", "ends"))
         return f"""
             DECLARE
                 sent integer = coalesce(nullif(pg_catalog.current_setting('{sent}', true), ''), '0');
+                ends bigint = coalesce(nullif(pg_catalog.current_setting('{ends}', true), ''), '0');
+                now double precision = {_NOW};
+                lease regclass;
             BEGIN
                 IF TG_OP = 'UPDATE' THEN
                     IF {same} THEN
                         RETURN NULL;
                     END IF;
                 END IF;
-                IF TG_OP = 'TRUNCATE' THEN
+                IF sent = 0 AND ends <= now THEN
+                    WITH RECURSIVE mine AS (
+                        SELECT oid, tgparentid FROM pg_catalog.pg_trigger WHERE tgrelid = TG_RELID AND tgname = TG_NAME
+                        UNION ALL
+                        SELECT t.oid, t.tgparentid FROM pg_catalog.pg_trigger t JOIN mine m ON t.oid = m.tgparentid
+                    )
+                    SELECT s.seqrelid INTO lease
+                        FROM mine
+                        JOIN pg_catalog.pg_depend d ON d.objid = mine.oid
+                            AND d.classid = 'pg_catalog.pg_trigger'::regclass
+                            AND d.refclassid = 'pg_catalog.pg_class'::regclass
+                        JOIN pg_catalog.pg_sequence s ON s.seqrelid = d.refobjid;
+                    IF lease IS NOT NULL THEN
+                        EXECUTE 'SELECT last_value FROM ' || lease::text INTO ends;
+                        IF ends > now THEN
+                            PERFORM pg_catalog.set_config('{ends}', ends::text, false);
+                        ELSE
+                            sent = -1;
+                            PERFORM pg_catalog.set_config('{sent}', '-1', true);
+                            BEGIN
+                                IF pg_catalog.pg_try_advisory_xact_lock(TG_ARGV[1]::bigint) THEN
+                                    EXECUTE 'SELECT last_value FROM ' || lease::text INTO ends;
+                                    IF ends <= now THEN
+                                        PERFORM pg_catalog.setval(lease, 1);
+                                    END IF;
+                                END IF;
+                                RAISE EXCEPTION USING ERRCODE = '{_DONE}';
+                            EXCEPTION WHEN SQLSTATE '{_DONE}' THEN
+                            END;
+                        END IF;
+                    END IF;
+                END IF;
+                IF sent < 0 THEN
+                    RETURN NULL;
+                ELSIF TG_OP = 'TRUNCATE' THEN
                     PERFORM pg_catalog.pg_notify(TG_ARGV[0], '');
                 ELSIF sent < {HINTS} THEN
                     PERFORM pg_catalog.set_config('{sent}', (sent + 1)::text, true);

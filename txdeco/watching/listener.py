@@ -51,6 +51,7 @@ class Listener:
         self._by_channel: dict[str, set[Hints]] = {}
         self._channels: set[str] = set()  # those that the connection listens to
         self._leases: dict[Watch, int | None] = {}  # None: nobody from before the lease is still running
+        self._asked = 0.0  # when the leases were last asked for
         self._wakeup = asyncio.Event()
         self._raw: Any = None  # keeps SQLAlchemy's end of the connection alive
         self._connection: Any = None
@@ -181,15 +182,18 @@ class Listener:
         self._channels = channels
 
     async def _renew(self, watches: list[Watch]) -> None:
+        asked = self._poller.loop.time()
         awake = await self._connection.fetchrow(f"SELECT {', '.join(f'{each.awake}()' for each in watches)}")
         await self._connection.execute(f"SELECT {', '.join(f'{each.wake}({LEASE})' for each in watches)}")
+        # others keep the same lease: it may have ended, and begun again, since this one last asked
+        in_time, self._asked = self._poller.loop.time() - self._asked < LEASE - 1, asked
         # a statement of its own: the snapshot of one that sets the lease is older than the lease
         oldest, newest = await self._connection.fetchrow(
             "SELECT pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint FROM pg_current_snapshot() s"
         )
         for watch, unbroken in zip(watches, awake, strict=True):
             horizon = self._leases.get(watch, newest)
-            if watch not in self._leases or not unbroken:
+            if watch not in self._leases or not (unbroken and in_time):
                 self._leases[watch] = horizon = newest  # who wrote before this may not have notified
                 for hints in self._by_channel.get(watch.channel, ()):
                     hints.doubt()
