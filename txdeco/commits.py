@@ -51,11 +51,13 @@ ROLLBACK_PATIENCE = 5.0
 """Seconds that a rollback may take: PostgreSQL undoes nothing then, so one that takes longer has lost its server."""
 
 
-async def commit(session: AsyncSession, *, function: str, deadline: float | None = None, verify: bool = False) -> None:
+async def commit(
+    session: AsyncSession, *, function: str, deadline: float | None = None, evidence: Evidence | None = None
+) -> None:
     """Commit the session's outermost transaction, in which nothing has failed, or raise what kept it from that.
 
-    It has been flushed: that may still be cancelled, the COMMIT may not. Instances are not expired. When this raises,
-    the transaction is over: rolled back, or of unknown outcome.
+    It has been flushed, and *evidence* gathered: that may still be cancelled, the COMMIT may not. Instances are not
+    expired. When this raises, the transaction is over: rolled back, or of unknown outcome.
     """
     ledger, sync = ledger_of(session), session.sync_session
     if rehearsed_failures:
@@ -65,7 +67,6 @@ async def commit(session: AsyncSession, *, function: str, deadline: float | None
         return
     if ledger.gate is not None:
         await ledger.gate()
-    evidence = await Evidence.gather(session) if verify else None
     sent = await finish(session.run_sync(end_commit, ledger), until=deadline)
     if sent.error is not None or sent.cancelled is not None:
         failure = await _outcome(session, sent, evidence, function=function, deadline=deadline)

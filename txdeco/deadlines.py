@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from txdeco.errors import TransactionTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from types import TracebackType
+
+T = TypeVar("T")
 
 GRACE = 0.05
 """Seconds that the server has to end its statement by itself. A statement that is cancelled from here costs its
@@ -41,7 +43,7 @@ class Deadline:
         self._timer = asyncio.timeout_at(self.at + GRACE)
         await self._timer.__aenter__()
 
-    async def bound(self, work: Coroutine[Any, Any, Any], function: str) -> None:
+    async def bound(self, work: Coroutine[Any, Any, T], function: str) -> T:
         """Await *work*, a part of the exit that can still be undone; the timer of the body has been stopped.
 
         Raises:
@@ -49,12 +51,13 @@ class Deadline:
         """
         await self.start()
         try:
-            await work
+            result = await work
         except BaseException as error:
             if await self.stop(error):
                 raise TransactionTimeoutError(function, self.timeout) from error
             raise
         await self.stop(None)
+        return result
 
     async def stop(self, error: BaseException | None) -> bool:
         """Stop the timer; tell whether *error* is its doing, or, without an error, whether time is up."""

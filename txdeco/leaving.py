@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -38,6 +38,7 @@ from txdeco.ledger import Doom, open_savepoints, run_script
 from txdeco.propagation import Action
 from txdeco.stages import unwind
 from txdeco.uninterrupted import finish
+from txdeco.verification import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from txdeco.scopes import Scope
 
 __all__ = ["leave", "undo_savepoint"]
+
+T = TypeVar("T")
 
 _JOINED_FAILED = "a scope that had joined this transaction failed, and its error was caught"
 
@@ -145,8 +148,11 @@ async def _leave_owner(scope: Scope, error: BaseException | None) -> BaseExcepti
     if refusal is not None:
         return await _rolled_back(scope, refusal, becomes=_from_exception(refusal, error))
     try:
+        evidence = await _in_time(scope, Evidence.gather(scope.session)) if scope.spec.verify_commit else None
         until = None if scope.deadline is None else scope.deadline.at
-        await commit(scope.session, function=scope.function, deadline=until, verify=scope.spec.verify_commit)
+        if until is not None and scope.own_deadline and asyncio.get_running_loop().time() >= until:
+            raise TransactionTimeoutError(scope.function, scope.spec.timeout or 0.0)
+        await commit(scope.session, function=scope.function, deadline=until, evidence=evidence)
     except BaseException as failed:
         return await _commit_failed(scope, failed, error)
     if scope.ledger.hooks:
@@ -154,7 +160,7 @@ async def _leave_owner(scope: Scope, error: BaseException | None) -> BaseExcepti
     return error
 
 
-def _in_time(scope: Scope, work: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any]:
+def _in_time(scope: Scope, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
     """Return *work*, which can still be undone, bound by the deadline that the scope has of its own, if it has one."""
     if not scope.own_deadline or scope.deadline is None:
         return work
@@ -315,21 +321,29 @@ async def _leave_joined(scope: Scope, error: BaseException | None) -> BaseExcept
         bearer.doomed = bearer.doomed or Doom(_JOINED_FAILED, refusal, open_savepoints(sync))
         return refusal
     if scope.restore and scope.ledger.failure is None:
-        await run_script(scope.session, ";".join(scope.restore))
+        try:
+            await _in_time(scope, run_script(scope.session, ";".join(scope.restore)))
+        except BaseException as failed:
+            bearer.doomed = bearer.doomed or Doom(_JOINED_FAILED, failed, open_savepoints(sync))
+            return _translated(scope, failed)
     if not bearer.rollback_only:
         _note_release(scope)
     return error
 
 
 async def _leave_autocommit(scope: Scope, error: BaseException | None) -> BaseException | None:
-    wanted = _wants_commit(scope, error)
-    refusal = _refusal(scope, error) if wanted else None
-    if wanted and refusal is None:
-        await _in_time(scope, scope.session.run_sync(end_commit, scope.ledger))
-    else:
+    raised, committed = error, _wants_commit(scope, error)
+    refusal = _refusal(scope, error) if committed else None
+    if refusal is not None:
+        raised, committed = _from_exception(refusal, error), False
+    if committed:
+        try:
+            await _in_time(scope, scope.session.run_sync(end_commit, scope.ledger))
+        except BaseException as failed:
+            raised, committed = _translated(scope, failed), False
+    if not committed:
         await roll_back(scope.session)
-    raised = error if refusal is None else _from_exception(refusal, error)
-    await _after(scope, raised, committed=wanted and refusal is None)
+    await _after(scope, raised, committed=committed)
     return raised
 
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import anyio
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import event, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
 from support.clock import Clock
@@ -24,6 +24,7 @@ from txdeco import (
     CommitOutcomeUnknownError,
     LockTimeoutError,
     TransactionTimeoutError,
+    UnexpectedRollbackError,
     create_db_context,
     current_session,
     deadlines,
@@ -434,3 +435,61 @@ async def test_flush_at_the_exit_has_the_deadline_too(maker: Maker, names: Names
                     (await session.get_one(User, 1)).name = "lost"
         await holder.rollback()
     assert await names() == ["before"]
+
+
+@asynccontextmanager
+async def stuck_at(fault_proxy: FaultProxy, clock: Clock, needle: str) -> AsyncIterator[None]:
+    """A minute passes once *needle*, sent in the block, is on its way to the server, where it does not arrive."""
+    fault_proxy.hold_before(needle)
+
+    async def later() -> None:
+        await fault_proxy.sprung()
+        clock.advance(61)
+
+    passing = asyncio.create_task(later())
+    yield
+    await passing
+    fault_proxy.resume()
+
+
+async def test_question_before_a_verified_commit_has_the_deadline_too(
+    fault_proxy: FaultProxy, make_engine: Callable[..., AsyncEngine], clock: Clock, names: Names
+) -> None:
+    """What is asked before COMMIT can still be undone: where no answer comes, nothing commits."""
+    maker = async_sessionmaker(make_engine(fault_proxy.url))
+    async with promptly(), maker() as session, stuck_at(fault_proxy, clock, "pg_current_xact_id"):
+        with pytest.raises(TransactionTimeoutError):
+            async with get_transaction(session, timeout=60, verify_commit=True):
+                session.add(User(name="lost"))
+    assert await names() == []
+
+
+async def test_settings_that_a_joined_scope_gives_back_have_its_deadline(
+    fault_proxy: FaultProxy, make_engine: Callable[..., AsyncEngine], clock: Clock, names: Names
+) -> None:
+    """Where the network goes silent meanwhile the call ends in time, and nothing around it commits."""
+    async with async_sessionmaker(make_engine(fault_proxy.url))() as session:
+        with pytest.raises(UnexpectedRollbackError):
+            async with promptly(), get_transaction(session):
+                session.add(User(name="lost"))
+                await session.flush()
+                joined = get_transaction(session, propagation="mandatory", timeout=60)
+                await joined.__aenter__()
+                await session.execute(text("SELECT 1"))
+                async with stuck_at(fault_proxy, clock, "set_config('statement_timeout', current_setting"):
+                    with pytest.raises(TransactionTimeoutError):
+                        await joined.__aexit__(None, None, None)
+    assert await names() == []
+
+
+async def test_flush_that_ends_after_the_deadline_is_not_committed(
+    maker: Maker, names: Names, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past its deadline nothing commits, though the timer that would have ended the flush is not due yet."""
+    monkeypatch.setattr(deadlines, "GRACE", 3600)
+    async with maker() as session:
+        event.listen(session.sync_session, "after_flush", lambda *_: clock.advance(61))
+        with pytest.raises(TransactionTimeoutError):
+            async with get_transaction(session, timeout=60):
+                session.add(User(name="late"))
+    assert await names() == []

@@ -140,6 +140,24 @@ async def test_rollback_runs_the_other_kind(opener: Opener, ran: list[Any], how:
         assert ran == ["it rolled back"]
 
 
+async def test_end_of_autocommit_that_fails_runs_the_other_kind(maker: Maker, ran: list[Any], names: Names) -> None:
+    """What is flushed as the scope ends can fail there as well; what was flushed before is stored."""
+
+    @transactional(source=maker, propagation="not_supported")
+    async def store_twice() -> None:
+        register(ran, "it")
+        session = current_session()
+        session.add(User(id=1, name="stored"))
+        await session.flush()
+        session.expunge_all()
+        session.add(User(id=1, name="twice"))
+
+    with pytest.raises(IntegrityError):
+        await store_twice()
+    assert ran == ["it rolled back"]
+    assert await names() == ["stored"]
+
+
 async def test_failing_hook_is_logged_and_stops_nobody(
     opener: Opener, names: Names, ran: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
