@@ -341,6 +341,8 @@ async def _leave_autocommit(scope: Scope, error: BaseException | None) -> BaseEx
             await _in_time(scope, scope.session.run_sync(end_commit, scope.ledger))
         except BaseException as failed:
             raised, committed = _translated(scope, failed), False
+            if isinstance(raised, (TransactionTimeoutError, asyncio.CancelledError)) or driver.is_fatal(failed):
+                del scope.ledger.hooks[scope.own_hooks :]  # nobody knows whether what was under way is stored
     if not committed:
         await roll_back(scope.session)
     await _after(scope, raised, committed=committed)

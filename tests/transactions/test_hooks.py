@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from support.commits import fail_commit
 from support.models import User
@@ -32,6 +32,7 @@ from txdeco import (
     set_rollback_only,
     transactional,
 )
+from txdeco.testing import FaultProxy
 
 Maker: TypeAlias = async_sessionmaker[AsyncSession]
 Names: TypeAlias = Callable[[], Awaitable[list[str]]]
@@ -156,6 +157,23 @@ async def test_end_of_autocommit_that_fails_runs_the_other_kind(maker: Maker, ra
         await store_twice()
     assert ran == ["it rolled back"]
     assert await names() == ["stored"]
+
+
+async def test_end_of_autocommit_of_unknown_outcome_runs_no_hook(
+    fault_proxy: FaultProxy, make_engine: Callable[..., AsyncEngine], ran: list[Any]
+) -> None:
+    """Where the connection is lost under the last flush it is stored, or it is not: neither kind says which."""
+
+    @transactional(source=async_sessionmaker(make_engine(fault_proxy.url)), propagation="not_supported")
+    async def store() -> None:
+        register(ran, "it")
+        await current_session().execute(text("SELECT 1"))
+        fault_proxy.cut_reply_after("INSERT")
+        current_session().add(User(name="stored"))
+
+    with pytest.raises(DBAPIError):
+        await store()
+    assert ran == []
 
 
 async def test_failing_hook_is_logged_and_stops_nobody(

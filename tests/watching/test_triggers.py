@@ -10,14 +10,15 @@ import pytest
 import sqlalchemy
 from sqlalchemy import DDL, BigInteger, ForeignKey, String, Text, event, text
 from sqlalchemy.dialects.postgresql import BIT
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from support.models import Order
 from support.waiting import until
-from support.watched import groups, in_background, live, write
+from support.watched import groups, in_background, listeners, live, write
 from txdeco.errors import MisuseError
 from txdeco.watching import create_watch_sql, drop_watch_sql, notify_on_change, wait_for_row_change
+from txdeco.watching.ddl import WatchDDL
 
 Maker = async_sessionmaker[AsyncSession]
 NEVER = 3600
@@ -190,6 +191,29 @@ async def test_joined_inheritance_is_watched_in_all_its_tables(
         await write(maker, statement)
         changed = await asyncio.wait_for(task, 5)
         assert "x" in {changed.name, changed.desk}
+
+
+async def test_a_writer_between_the_leases_of_two_tables_is_not_missed(
+    created: AsyncEngine, maker: Maker, probe: AsyncConnection
+) -> None:
+    """Leases of several tables begin one after the other: who found the second asleep is waited for as well."""
+    async with maker.begin() as session:
+        session.add(Clerk(id=1, name="me", desk="left"))
+    second = max((WatchDDL(each, {}) for each in (Person.__table__, Clerk.__table__)), key=lambda each: each.channel)  # type: ignore[arg-type]
+    async with maker() as holder, maker() as writer, maker() as session:
+        await holder.execute(text(f"SELECT pg_advisory_xact_lock({second.seed})"))
+        async with in_background(created, wait_for_row_change(session, Clerk, 1, interval=NEVER)) as [task]:
+            stuck = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            await until(lambda: probe.scalar(stuck))
+            column = "name" if second.table == "person" else "desk"
+            await writer.execute(text(f"UPDATE {second.table} SET {column} = 'x'"))
+            await holder.commit()
+            leases = listeners(created)[0]._leases
+            await until(lambda: live(created) or any(horizon is not None for horizon in leases.values()))
+            assert not live(created)
+            await writer.commit()
+            changed = await asyncio.wait_for(task, 5)
+            assert "x" in {changed.name, changed.desk}
 
 
 async def test_a_class_is_polled_where_one_of_its_tables_lacks_the_trigger(created: AsyncEngine, maker: Maker) -> None:

@@ -2,13 +2,14 @@
 
 A notification is a hint: the channel of the table, and a hash of the row's key. The row itself is read again. Writers
 send one only while somebody waits: waiters keep a lease on the table, the time until which they want to hear, as the
-value of a sequence. A sequence is seen by everybody at once, whatever transaction they are in, and takes no lock that
-others wait for. NOTIFY makes commits queue up behind each other (https://www.postgresql.org/docs/current/sql-notify.html),
-so this is what keeps it from the writers nobody waits for.
+value of a sequence. A sequence is seen by everybody at once, whatever transaction they are in. NOTIFY makes commits
+queue up behind each other (https://www.postgresql.org/docs/current/sql-notify.html), so this is what keeps it from the
+writers nobody waits for.
 
 Writers parse the WHEN of a trigger anew for each statement, so it asks as little as can be asked of a sequence: whether
 it has been called. It has not while there is a lease. A lease that nobody renews ends by itself: the first writer that
-finds it over calls the sequence, and those after it are not disturbed until somebody waits again.
+finds it over calls the sequence, and those after it are not disturbed until somebody waits again. A lock keeps that
+writer and whoever begins to wait apart, for as long as two reads of the sequence take; the writer never waits for it.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ class WatchDDL:
             f"GRANT SELECT ON SEQUENCE {self.lease} TO PUBLIC",  # it says when somebody waits, and no more
             f"CREATE OR REPLACE FUNCTION {self.awake}() RETURNS boolean {owned}"
             f" RETURN (SELECT NOT is_called AND last_value > {_NOW} FROM {self.lease})",
-            # in step with the writer that finds the lease over
-            f"CREATE OR REPLACE FUNCTION {self.wake}(seconds double precision) RETURNS bigint {owned} BEGIN ATOMIC"
-            f" SELECT pg_catalog.pg_advisory_xact_lock_shared('{self.seed}'::bigint);"
-            f" SELECT pg_catalog.setval({self.lease_id}, ({_NOW} + LEAST(seconds, 60))::bigint, false); END",
+            # never ends a lease sooner: anybody may call it
+            f"CREATE OR REPLACE FUNCTION {self.wake}(seconds double precision) RETURNS bigint {owned} RETURN (SELECT"
+            f" pg_catalog.setval({self.lease_id}, GREATEST(({_NOW} + LEAST(seconds, 60))::bigint,"
+            f" (SELECT last_value FROM {self.lease})), false)"
+            f" FROM pg_catalog.pg_advisory_xact_lock_shared('{self.seed}'::bigint))",
             f"GRANT EXECUTE ON FUNCTION {self.awake}(), {self.wake}(double precision) TO PUBLIC",
             f"CREATE OR REPLACE FUNCTION {self.notify}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
             f" SET search_path = pg_catalog, pg_temp"
@@ -91,22 +93,27 @@ class WatchDDL:
         ]
 
     def _body(self, keys: list[str], *, compare: bool) -> str:
-        """Return what the trigger does once somebody waits, or has waited.
+        """Return what the trigger does once somebody waits, or has waited. It runs as the owner of the lease.
 
         The first row of a transaction asks until when, unless its session knows of a lease that goes on. If that is
         over the transaction need not ask again: those who begin to wait meanwhile wait for its end. It finds the lease
-        by what the trigger, or the one of the partitioned table that it is a copy of, depends on: no renaming changes
-        that. Nobody can renew a lease while it is given up: the lock that keeps them from it is given back with a
-        savepoint, at once and however that ends; a sequence takes no part in savepoints.
+        by what the trigger, or the one of the partitioned table that it is a copy of, depends on: no renaming of tables
+        and schemas changes that. Anybody may make a trigger that runs this, so it touches no sequence but leases; a
+        lease that it cannot see, or may not use, counts as one that goes on. Nobody can renew a lease while it is given
+        up: the lock that keeps them from it is given back with a savepoint, at once and however that ends; a sequence
+        takes no part in savepoints.
         """
         same = "NOT pg_catalog.record_image_ne(OLD, NEW)" if compare else "false"
-        sent, ends = (f"txdeco.{each}_{self.channel.removeprefix('txdeco_')}" for each in ("sent", "ends"))
         return f"""
             DECLARE
-                sent integer = coalesce(nullif(pg_catalog.current_setting('{sent}', true), ''), '0');
-                ends bigint = coalesce(nullif(pg_catalog.current_setting('{ends}', true), ''), '0');
+                sent_name text = 'txdeco.sent_' || TG_RELID;  -- per transaction: how many hints; -1: nobody waits
+                ends_name text = 'txdeco.ends_' || TG_RELID;  -- per session: until when somebody waits
+                sent integer = coalesce(nullif(pg_catalog.current_setting(sent_name, true), ''), '0');
+                ends bigint = coalesce(nullif(pg_catalog.current_setting(ends_name, true), ''), '0');
                 now double precision = {_NOW};
                 lease regclass;
+                look text;
+                is_called boolean;
             BEGIN
                 IF TG_OP = 'UPDATE' THEN
                     IF {same} THEN
@@ -119,22 +126,29 @@ class WatchDDL:
                         UNION ALL
                         SELECT t.oid, t.tgparentid FROM pg_catalog.pg_trigger t JOIN mine m ON t.oid = m.tgparentid
                     )
-                    SELECT s.seqrelid INTO lease
+                    SELECT c.oid INTO lease
                         FROM mine
                         JOIN pg_catalog.pg_depend d ON d.objid = mine.oid
                             AND d.classid = 'pg_catalog.pg_trigger'::regclass
                             AND d.refclassid = 'pg_catalog.pg_class'::regclass
-                        JOIN pg_catalog.pg_sequence s ON s.seqrelid = d.refobjid;
+                        JOIN pg_catalog.pg_class c ON c.oid = d.refobjid
+                        WHERE c.relkind = 'S' AND c.relname ~ '^txdeco_.*_lease$'
+                            AND pg_catalog.has_schema_privilege(c.relnamespace, 'USAGE')
+                            AND pg_catalog.has_sequence_privilege(c.oid, 'SELECT')
+                            AND pg_catalog.has_sequence_privilege(c.oid, 'UPDATE');
                     IF lease IS NOT NULL THEN
-                        EXECUTE 'SELECT last_value FROM ' || lease::text INTO ends;
-                        IF ends > now THEN
-                            PERFORM pg_catalog.set_config('{ends}', ends::text, false);
+                        look = 'SELECT last_value, is_called FROM ' || lease::text;
+                        EXECUTE look INTO ends, is_called;
+                        IF ends > now AND NOT is_called THEN
+                            PERFORM pg_catalog.set_config(ends_name, ends::text, false);
                         ELSE
                             sent = -1;
-                            PERFORM pg_catalog.set_config('{sent}', '-1', true);
+                            PERFORM pg_catalog.set_config(sent_name, '-1', true);
+                        END IF;
+                        IF sent < 0 AND NOT is_called THEN
                             BEGIN
                                 IF pg_catalog.pg_try_advisory_xact_lock(TG_ARGV[1]::bigint) THEN
-                                    EXECUTE 'SELECT last_value FROM ' || lease::text INTO ends;
+                                    EXECUTE look INTO ends, is_called;
                                     IF ends <= now THEN
                                         PERFORM pg_catalog.setval(lease, 1);
                                     END IF;
@@ -150,11 +164,11 @@ class WatchDDL:
                 ELSIF TG_OP = 'TRUNCATE' THEN
                     PERFORM pg_catalog.pg_notify(TG_ARGV[0], '');
                 ELSIF sent < {HINTS} THEN
-                    PERFORM pg_catalog.set_config('{sent}', (sent + 1)::text, true);
+                    PERFORM pg_catalog.set_config(sent_name, (sent + 1)::text, true);
                     PERFORM pg_catalog.pg_notify(
                         TG_ARGV[0], pg_catalog.hash_record_extended({_row("OLD", keys)}, TG_ARGV[1]::bigint)::text);
                 ELSIF sent = {HINTS} THEN
-                    PERFORM pg_catalog.set_config('{sent}', (sent + 1)::text, true);
+                    PERFORM pg_catalog.set_config(sent_name, (sent + 1)::text, true);
                     PERFORM pg_catalog.pg_notify(TG_ARGV[0], '');
                 END IF;
                 RETURN NULL;

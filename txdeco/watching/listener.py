@@ -187,16 +187,23 @@ class Listener:
         await self._connection.execute(f"SELECT {', '.join(f'{each.wake}({LEASE})' for each in watches)}")
         # others keep the same lease: it may have ended, and begun again, since this one last asked
         in_time, self._asked = self._poller.loop.time() - self._asked < LEASE - 1, asked
-        # a statement of its own: the snapshot of one that sets the lease is older than the lease
+        begun = [
+            watch
+            for watch, unbroken in zip(watches, awake, strict=True)
+            if watch not in self._leases or not (unbroken and in_time)
+        ]
+        # A statement of its own: the snapshot of one that sets leases is older than they are. Writers that have taken
+        # their transaction id before the one that is taken here may have found a lease that had not begun.
+        newest = "pg_current_xact_id()" if begun else "pg_snapshot_xmax(s)"
         oldest, newest = await self._connection.fetchrow(
-            "SELECT pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint FROM pg_current_snapshot() s"
+            f"SELECT pg_snapshot_xmin(s)::text::bigint, {newest}::text::bigint FROM pg_current_snapshot() s"
         )
-        for watch, unbroken in zip(watches, awake, strict=True):
-            horizon = self._leases.get(watch, newest)
-            if watch not in self._leases or not (unbroken and in_time):
-                self._leases[watch] = horizon = newest  # who wrote before this may not have notified
-                for hints in self._by_channel.get(watch.channel, ()):
-                    hints.doubt()
+        for watch in begun:
+            self._leases[watch] = newest
+            for hints in self._by_channel.get(watch.channel, ()):
+                hints.doubt()
+        for watch in watches:
+            horizon = self._leases[watch]
             if horizon is not None and oldest >= horizon:
                 self._leases[watch] = None
         for hints in self._hints():
