@@ -74,7 +74,8 @@ async def test_a_writer_that_ends_a_lease_keeps_nobody_from_beginning_one(
 ) -> None:
     """However long its transaction goes on, it holds no lock that waiters need, and it does not notify."""
     await writer.execute(text(UPDATE))
-    assert await writer.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+    held = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
+    assert await writer.scalar(held) == 0
     async with maker.begin() as waiter:
         await waiter.execute(text("SET LOCAL lock_timeout = 100"))
         await waiter.execute(text(f"SELECT {names.wake}(30)"))

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from support.models import Order
-from support.waiting import until
+from support.waiting import pid_of, until
 from support.watched import groups, in_background, listeners, live, write
 from txdeco.errors import MisuseError
 from txdeco.watching import create_watch_sql, drop_watch_sql, notify_on_change, wait_for_row_change
@@ -203,8 +203,9 @@ async def test_a_writer_between_the_leases_of_two_tables_is_not_missed(
     async with maker() as holder, maker() as writer, maker() as session:
         await holder.execute(text(f"SELECT pg_advisory_xact_lock({second.seed})"))
         async with in_background(created, wait_for_row_change(session, Clerk, 1, interval=NEVER)) as [task]:
-            stuck = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-            await until(lambda: probe.scalar(stuck))
+            pid = await pid_of(holder)
+            stuck = text("SELECT count(*) FROM pg_locks WHERE :pid = ANY (pg_blocking_pids(pid))")
+            await until(lambda: probe.scalar(stuck, {"pid": pid}))
             column = "name" if second.table == "person" else "desk"
             await writer.execute(text(f"UPDATE {second.table} SET {column} = 'x'"))
             await holder.commit()
