@@ -23,6 +23,7 @@ from support.watched import Checkouts, Statements, groups, in_background, listen
 from txdeco.errors import ConnectionUnavailableError
 from txdeco.watching import create_watch_sql, row_changes, wait_for_row_change
 from txdeco.watching.calls import Wait
+from txdeco.watching.groups import Group
 from txdeco.watching.listener import Listener
 from txdeco.watching.waiters import own_copy
 
@@ -121,6 +122,34 @@ async def test_disposing_of_the_engine_ends_poller_and_listener(
         with pytest.raises(ConnectionUnavailableError, match="disposed"):
             await task
     assert not pollers(engine)
+    query = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
+
+    async def gone() -> bool:
+        return await probe.scalar(query, {"name": f"{schema} waits"}) == 0
+
+    await clock.still(gone)
+
+
+async def test_a_connection_that_comes_back_after_the_disposal_is_closed(
+    make_engine: Any,
+    probe: AsyncConnection,
+    schema: str,
+    order: int,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pool that it came from has been emptied, and nobody would look into it again."""
+    engine = make_engine(connect_args={"server_settings": {"application_name": f"{schema} waits"}})
+    read_on = Group.read_on
+
+    async def read_and_dispose(*arguments: Any) -> None:
+        await read_on(*arguments)
+        await engine.dispose()
+
+    monkeypatch.setattr(Group, "read_on", read_and_dispose)
+    async with async_sessionmaker(engine)() as session:
+        with pytest.raises(ConnectionUnavailableError, match="disposed"):
+            await wait_for_row_change(session, Order, order, interval=0.05)
     query = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
 
     async def gone() -> bool:

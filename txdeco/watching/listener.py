@@ -143,7 +143,8 @@ class Listener:
                 self._ending = True  # whoever waited has gone: nobody is owed a proof, or a pooled connection for it
                 return
             # from another connection, while this one is idle: a pooler has then taken its server away
-            async with self._poller.async_engine.connect() as other:
+            other = await self._poller.async_engine.connect()
+            async with self._poller.giving_back(other):
                 await other.execution_options(isolation_level="AUTOCOMMIT")
                 await other.execute(text("SELECT pg_notify(:channel, '')"), {"channel": channel})
         try:

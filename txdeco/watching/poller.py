@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import logging
 import random
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,9 @@ from txdeco.watching.listener import Listener
 from txdeco.watching.waiters import own_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from txdeco.watching.groups import Reading
     from txdeco.watching.hints import Hints
@@ -106,11 +109,18 @@ class Poller:
         except (TimeoutError, PoolTimeout):
             self._exhausted()
             raise
+        async with self.giving_back(connection), asyncio.timeout(READ_LIMIT):
+            await connection.execution_options(**group.options, isolation_level="AUTOCOMMIT")
+            await group.read_on(connection, wanted, readings)
+
+    @asynccontextmanager
+    async def giving_back(self, connection: AsyncConnection) -> AsyncGenerator[None]:
+        """Give *connection* back to the pool after the block; once the engine is disposed of nobody would close it."""
         try:
-            async with asyncio.timeout(READ_LIMIT):
-                await connection.execution_options(**group.options, isolation_level="AUTOCOMMIT")
-                await group.read_on(connection, wanted, readings)
+            yield
         finally:
+            if self.ended is not None:
+                await connection.invalidate()
             await connection.close()
 
     def troubled(self, group: Group, error: BaseException) -> None:
