@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from pathlib import Path
+from types import CoroutineType
 from typing import Any
 
 import pytest
@@ -241,16 +242,17 @@ def one_moment(monkeypatch: pytest.MonkeyPatch) -> float:
     return 1e6
 
 
+def waits_until(moment: float, maker: Maker, waiters: int) -> list[CoroutineType[Any, Any, Order]]:
+    """Return waits for as many rows that end at one moment, and that no interval of their own wakes before."""
+    return [wait_for_row_change(maker(), Order, at + 1, interval=1e6, timeout=moment) for at in range(waiters)]
+
+
 @pytest.mark.parametrize("waiters", [50, 2000])
 async def test_one_look_at_the_deadline_serves_all_who_have_it(
     engine: AsyncEngine, maker: Maker, many: int, one_moment: float, waiters: int
 ) -> None:
     """However many wait until one moment, one statement looks for all of them, and finds what nobody has seen yet."""
-    sessions = [maker() for _ in range(waiters)]
-    waits = [
-        wait_for_row_change(each, Order, at + 1, interval=1e6, timeout=one_moment) for at, each in enumerate(sessions)
-    ]
-    async with in_background(engine, *waits) as tasks:
+    async with in_background(engine, *waits_until(one_moment, maker, waiters)) as tasks:
         [group] = groups(engine)
         [moment] = group.moments.values()
         await write(maker, "UPDATE \"order\" SET status = 'paid' WHERE id = 7")
@@ -273,11 +275,7 @@ async def test_a_read_that_is_due_at_the_deadline_is_heard_out(
     engine: AsyncEngine, maker: Maker, many: int, one_moment: float, at_the_deadline: str
 ) -> None:
     """What a hint named after the last look for many is read before the wait for it ends."""
-    sessions = [maker() for _ in range(MANY)]
-    waits = [
-        wait_for_row_change(each, Order, at + 1, interval=1e6, timeout=one_moment) for at, each in enumerate(sessions)
-    ]
-    async with in_background(engine, *waits) as tasks:
+    async with in_background(engine, *waits_until(one_moment, maker, MANY)) as tasks:
         [group] = groups(engine)
         [moment] = group.moments.values()
         moment._near()

@@ -29,6 +29,48 @@ HINTS: Final = 32  # a transaction that changes more rows of a table sends one h
 _DONE: Final = "TXDEC"  # an SQLSTATE of our own
 _NOW: Final = "pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())"
 
+# Sets `sent` to -1 where the lease of the trigger that runs is over, and sees to it that writers are told so by WHEN.
+_LOOK_FOR_LEASE: Final = f"""
+                IF sent = 0 AND ends <= now THEN
+                    WITH RECURSIVE mine AS (
+                        SELECT oid, tgparentid FROM pg_catalog.pg_trigger WHERE tgrelid = TG_RELID AND tgname = TG_NAME
+                        UNION ALL
+                        SELECT t.oid, t.tgparentid FROM pg_catalog.pg_trigger t JOIN mine m ON t.oid = m.tgparentid
+                    )
+                    SELECT c.oid INTO lease
+                        FROM mine
+                        JOIN pg_catalog.pg_depend d ON d.objid = mine.oid
+                            AND d.classid = 'pg_catalog.pg_trigger'::regclass
+                            AND d.refclassid = 'pg_catalog.pg_class'::regclass
+                        JOIN pg_catalog.pg_class c ON c.oid = d.refobjid
+                        WHERE c.relkind = 'S' AND c.relname ~ '^txdeco_.*_lease$'
+                            AND pg_catalog.has_schema_privilege(c.relnamespace, 'USAGE')
+                            AND pg_catalog.has_sequence_privilege(c.oid, 'SELECT')
+                            AND pg_catalog.has_sequence_privilege(c.oid, 'UPDATE');
+                    IF lease IS NOT NULL THEN
+                        look = 'SELECT last_value, is_called FROM ' || lease::text;
+                        EXECUTE look INTO ends, is_called;
+                        IF ends > now AND NOT is_called THEN
+                            PERFORM pg_catalog.set_config(ends_name, ends::text, false);
+                        ELSE
+                            sent = -1;
+                            PERFORM pg_catalog.set_config(sent_name, '-1', true);
+                            IF NOT is_called THEN
+                                BEGIN
+                                    IF pg_catalog.pg_try_advisory_xact_lock(TG_ARGV[1]::bigint) THEN
+                                        EXECUTE look INTO ends, is_called;
+                                        IF ends <= now THEN
+                                            PERFORM pg_catalog.setval(lease, 1);
+                                        END IF;
+                                    END IF;
+                                    RAISE EXCEPTION USING ERRCODE = '{_DONE}';
+                                EXCEPTION WHEN SQLSTATE '{_DONE}' THEN
+                                END;
+                            END IF;
+                        END IF;
+                    END IF;
+                END IF;"""
+
 
 class WatchDDL:
     """The names of one table's trigger, functions and sequence, and the commands that make them."""
@@ -120,45 +162,7 @@ class WatchDDL:
                         RETURN NULL;
                     END IF;
                 END IF;
-                IF sent = 0 AND ends <= now THEN
-                    WITH RECURSIVE mine AS (
-                        SELECT oid, tgparentid FROM pg_catalog.pg_trigger WHERE tgrelid = TG_RELID AND tgname = TG_NAME
-                        UNION ALL
-                        SELECT t.oid, t.tgparentid FROM pg_catalog.pg_trigger t JOIN mine m ON t.oid = m.tgparentid
-                    )
-                    SELECT c.oid INTO lease
-                        FROM mine
-                        JOIN pg_catalog.pg_depend d ON d.objid = mine.oid
-                            AND d.classid = 'pg_catalog.pg_trigger'::regclass
-                            AND d.refclassid = 'pg_catalog.pg_class'::regclass
-                        JOIN pg_catalog.pg_class c ON c.oid = d.refobjid
-                        WHERE c.relkind = 'S' AND c.relname ~ '^txdeco_.*_lease$'
-                            AND pg_catalog.has_schema_privilege(c.relnamespace, 'USAGE')
-                            AND pg_catalog.has_sequence_privilege(c.oid, 'SELECT')
-                            AND pg_catalog.has_sequence_privilege(c.oid, 'UPDATE');
-                    IF lease IS NOT NULL THEN
-                        look = 'SELECT last_value, is_called FROM ' || lease::text;
-                        EXECUTE look INTO ends, is_called;
-                        IF ends > now AND NOT is_called THEN
-                            PERFORM pg_catalog.set_config(ends_name, ends::text, false);
-                        ELSE
-                            sent = -1;
-                            PERFORM pg_catalog.set_config(sent_name, '-1', true);
-                        END IF;
-                        IF sent < 0 AND NOT is_called THEN
-                            BEGIN
-                                IF pg_catalog.pg_try_advisory_xact_lock(TG_ARGV[1]::bigint) THEN
-                                    EXECUTE look INTO ends, is_called;
-                                    IF ends <= now THEN
-                                        PERFORM pg_catalog.setval(lease, 1);
-                                    END IF;
-                                END IF;
-                                RAISE EXCEPTION USING ERRCODE = '{_DONE}';
-                            EXCEPTION WHEN SQLSTATE '{_DONE}' THEN
-                            END;
-                        END IF;
-                    END IF;
-                END IF;
+                {_LOOK_FOR_LEASE}
                 IF sent < 0 THEN
                     RETURN NULL;
                 ELSIF TG_OP = 'TRUNCATE' THEN

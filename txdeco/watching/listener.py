@@ -195,9 +195,9 @@ class Listener:
         ]
         # A statement of its own: the snapshot of one that sets leases is older than they are. Writers that have taken
         # their transaction id before the one that is taken here may have found a lease that had not begun.
-        newest = "pg_current_xact_id()" if begun else "pg_snapshot_xmax(s)"
+        limit = "pg_current_xact_id()" if begun else "pg_snapshot_xmax(s)"
         oldest, newest = await self._connection.fetchrow(
-            f"SELECT pg_snapshot_xmin(s)::text::bigint, {newest}::text::bigint FROM pg_current_snapshot() s"
+            f"SELECT pg_snapshot_xmin(s)::text::bigint, {limit}::text::bigint FROM pg_current_snapshot() s"
         )
         for watch in begun:
             self._leases[watch] = newest
