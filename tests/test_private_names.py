@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import greenlet
 import pytest
 import wrapt
+from opentelemetry import trace
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -386,6 +387,15 @@ async def test_a_request_reads_through_its_own_receive() -> None:
     assert not request._is_disconnected
     assert await request.is_disconnected()
     assert request._is_disconnected
+
+
+@relies_on("_TRACER_PROVIDER")
+def test_the_api_of_opentelemetry_knows_its_provider_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`opentelemetry.trace._TRACER_PROVIDER` is what `get_tracer_provider` returns; None stands for its proxy."""
+    for provider in (None, trace.NoOpTracerProvider()):
+        monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+        returned = trace.get_tracer_provider()
+        assert returned is provider if provider else isinstance(returned, trace.ProxyTracerProvider)
 
 
 # All of them ----------------------------------------------------------------------------------------------------------

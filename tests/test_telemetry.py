@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -36,8 +39,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     """An application that traces: its own provider, which is taken away again afterwards."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
     yield exporter
     provider.shutdown()
 
@@ -107,17 +109,34 @@ async def test_a_tracer_that_fails_leaves_the_session_as_it_was(maker: Maker, mo
     provider = TracerProvider(sampler=FailingSampler())
     async with maker() as session:
         with monkeypatch.context() as patched:
-            patched.setattr(trace, "get_tracer_provider", lambda: provider)
-            patched.setattr(trace, "get_tracer", provider.get_tracer)
+            patched.setattr(trace, "_TRACER_PROVIDER", provider)
             with pytest.raises(RuntimeError, match="of the sampler"):
                 await get_transaction(session).__aenter__()
         await session.execute(text("SELECT 1"))
         await session.commit()
 
 
-def test_nothing_is_traced_where_nobody_listens() -> None:
-    """Without a provider of the application no span is made."""
+@pytest.mark.parametrize("by_name", [True, False], ids=["by the name of the provider", "asking the API"])
+def test_nothing_is_traced_where_nobody_listens(monkeypatch: pytest.MonkeyPatch, *, by_name: bool) -> None:
+    """Without a provider of the application no span is made; from when it has set one, there is."""
+    monkeypatch.setattr(telemetry, "_tells_by_name", lambda _: by_name)
     assert telemetry.start("txdeco.scope") is None
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", TracerProvider())
+    span = telemetry.start("txdeco.scope")
+    assert span is not None
+    span.end(None)
+
+
+def test_the_provider_that_the_environment_names_is_used() -> None:
+    """``OTEL_PYTHON_TRACER_PROVIDER`` is read by the API at the first question: txdeco asks it."""
+    script = """
+import opentelemetry.trace
+from txdeco import telemetry
+assert telemetry.start("txdeco.scope") is not None
+"""
+    environment = {**os.environ, "OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_retry_is_logged_with_fields(maker: Maker, caplog: pytest.LogCaptureFixture) -> None:

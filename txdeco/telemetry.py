@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
+from functools import cache
 from typing import Any
 
 __all__ = ["Span", "span", "start"]
@@ -40,9 +41,23 @@ class Span:
 def start(name: str, **attributes: Any) -> Span | None:
     """Start a span, or return None where the application does not trace."""
     trace: Any = sys.modules.get("opentelemetry.trace")
-    if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+    if trace is None or not _is_heard(trace):
         return None  # the API may be there, but nobody listens
     return Span(trace, name, _named(attributes))
+
+
+def _is_heard(trace: Any) -> bool:
+    """Tell whether the application has set a provider."""
+    if _tells_by_name(trace):
+        return trace._TRACER_PROVIDER is not None
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+@cache
+def _tells_by_name(trace: Any) -> bool:
+    """Ask in the API's own way, once: it reads the environment each time, which costs more than a scope's own work."""
+    trace.get_tracer_provider()  # sets the provider that the environment names, if it names one
+    return hasattr(trace, "_TRACER_PROVIDER")
 
 
 def _named(attributes: dict[str, Any]) -> dict[str, Any]:
