@@ -220,6 +220,17 @@ def test_what_type_checkers_see_is_never_made() -> None:
     assert type(injects_session(first)).__mro__[1] is wrapt.FunctionWrapper
 
 
+async def test_a_parameter_may_have_any_name() -> None:
+    """The wrapper itself takes no argument by name: `self`, for one, reaches a plain function."""
+
+    @injects_session
+    async def plain(session: AsyncSession, **names: object) -> dict[str, object]:
+        return names
+
+    names = {name: name for name in ("self", "wrapped", "instance", "args", "kwargs")}
+    assert await plain(session=OTHER, **names) == names
+
+
 def test_one_argument_too_many_is_a_type_error_at_the_call() -> None:
     """As with any function; before anything is opened."""
     with pytest.raises(TypeError, match=r"first\(\) takes 2 positional arguments but 4 were given"):

@@ -56,7 +56,10 @@ class _Decorated(FunctionWrapper):  # type: ignore[type-arg]
 
     def __init__(self, target: Any, parameters: Parameters, parts: tuple[Part, ...]) -> None:
         plan = plan_of(parameters, parts)
-        super().__init__(target, runner(plan))
+        run: Any = runner(plan)
+        super().__init__(target, run)
+        self._self_run = run
+        self._self_bound_to = getattr(target, "__self__", None)
         self._self_parts = parts
         self._self_plan: Plan = plan
         self._self_signature = without(parameters.signature, plan.shape.filled)
@@ -78,6 +81,10 @@ class _Decorated(FunctionWrapper):  # type: ignore[type-arg]
             return cls.decorate(target.__func__, declaration).__get__(target.__self__, type(target.__self__))
         parameters = parameters_of(target, declaration.decorator)
         return cls(target, parameters, (*parts, declaration.part(parameters)))
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call it unbound, as wrapt would, which asks the function anew each time to what it may be bound."""
+        return self._self_run(self.__wrapped__, self._self_bound_to, args, kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
