@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from txdeco import driver, guards
 from txdeco.errors import (
@@ -67,7 +68,7 @@ async def commit(
         return
     if ledger.gate is not None:
         await ledger.gate()
-    sent = await finish(session.run_sync(end_commit, ledger), until=deadline)
+    sent = await finish(greenlet_spawn(end_commit, sync, ledger), until=deadline)
     if sent.error is not None or sent.cancelled is not None:
         failure = await _outcome(session, sent, evidence, function=function, deadline=deadline)
         if failure is not None:
@@ -206,7 +207,7 @@ async def roll_back(session: AsyncSession) -> None:
     if not ledger.watches:
         end_rollback(sync, ledger)
         return
-    outcome = await finish(session.run_sync(end_rollback, ledger), until=no_later())
+    outcome = await finish(greenlet_spawn(end_rollback, sync, ledger), until=no_later())
     cancelled = outcome.cancelled
     if outcome.error is not None:
         log.warning("a rollback failed; its connection is dropped", exc_info=outcome.error)

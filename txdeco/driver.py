@@ -72,8 +72,8 @@ def dialect_of(session: Session) -> Any:
 
 def bind_of(session: Session) -> Any:
     """Return the session's one bind, an `Engine` or a `Connection`, or None where there are, or may be, several."""
-    several = getattr(session, "binds", None) or getattr(session, "_Session__binds", None)  # SQLAlchemy 2.1, 2.0
-    if several or type(session).get_bind is not Session.get_bind:
+    own = session.__dict__
+    if own.get("_Session__binds") or own.get("binds") or type(session).get_bind is not Session.get_bind:
         return None
     return session.bind
 
@@ -104,6 +104,11 @@ def is_autocommit(bind: Any) -> bool:
 def is_clean(session: Session) -> bool:
     """Tell whether nothing waits to be flushed: SQLAlchemy's own check, for building `new` and `dirty` takes longer."""
     return session._is_clean()  # pyright: ignore[reportPrivateUsage]
+
+
+def holds_instances(session: Session) -> bool:
+    """Tell whether *session* has any instances, pending ones included."""
+    return bool(session.identity_map or session._new or session._deleted)  # pyright: ignore[reportPrivateUsage]
 
 
 def is_closed(connection: Connection) -> bool:

@@ -106,10 +106,10 @@ class _Call:
 
     def locks(self) -> Acquisition | None:
         """Return the locks of the plan, completed by the arguments."""
-        plan = self.plan
-        return Acquisition(plan.locks, self.arguments, function=plan.function) if plan.locks else None
+        declared = self.plan.locks
+        return None if declared is None else Acquisition(declared, self.arguments, function=self.plan.function)
 
-    async def complete(self, session: AsyncSession, locks: Acquisition | None) -> None:
+    def complete(self, session: AsyncSession, locks: Acquisition | None) -> None:
         """Fill in what callers do not see: the session, and the rows that were waited for or locked."""
         arguments, shape = self.arguments, self.plan.shape
         if shape.session is not None and (shape.injects if self.explicit is None else session is not self.found):
@@ -117,7 +117,7 @@ class _Call:
         for name, (wait, row) in self.waited.items():
             arguments.put(name, row if session is self.found else wait.again(session))
         if locks is not None:
-            for lock, rows in zip(self.plan.locks.rows, locks.rows, strict=True):
+            for lock, rows in zip(locks.plan.rows, locks.rows, strict=True):
                 if lock.into is not None:
                     arguments.put(lock.into, rows)
 
@@ -205,7 +205,7 @@ async def _attempt(call: _Call, turn: Turn | None = None) -> Any:
     call.locate()
     locks = call.locks()
     async with call.surroundings(locks, turn) as session:
-        await call.complete(session, locks)
+        call.complete(session, locks)
         return await call.body(*call.arguments.args, **call.arguments.kwargs)
 
 
@@ -243,7 +243,7 @@ async def _iterate(call: _Call, stage: Stage) -> AsyncGenerator[Any, Any]:
                 await stack.enter_async_context(_changed(call))
             locks = call.locks()
             surroundings = call.surroundings(locks)
-            await call.complete(await stack.enter_async_context(surroundings), locks)
+            call.complete(await stack.enter_async_context(surroundings), locks)
             generator = call.body(*call.arguments.args, **call.arguments.kwargs)
             stage.clear_for(call.plan.function, generator, surroundings, own=call.own)
             step = generator.__anext__()

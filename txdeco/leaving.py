@@ -110,14 +110,14 @@ def _refusal(scope: Scope, error: BaseException | None) -> UnexpectedRollbackErr
         refusal = doomed_by(scope.doomed, scope.function)
     elif ledger.failure is not None or (nested is not None and not nested.is_active):
         refusal = swallowed(ledger, scope.function, nested)
-    elif scope.action is Action.AUTOCOMMIT and _flushed_badly(scope):
-        refusal = swallowed(ledger, scope.function)
     elif scope.root is not None:
         now = scope.session.sync_session.get_transaction()
         if now is not scope.root:
             refusal = UnexpectedRollbackError(scope.function, "its transaction was ended inside it")
         elif not scope.root.is_active:
             refusal = swallowed(ledger, scope.function, scope.root)
+    elif scope.action is Action.AUTOCOMMIT and _flushed_badly(scope):
+        refusal = swallowed(ledger, scope.function)
     if refusal is not None and error is not None and refusal.__cause__ is None:
         refusal.__cause__ = error
     return refusal

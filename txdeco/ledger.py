@@ -217,7 +217,8 @@ def open_savepoints(session: Session | None) -> list[SessionTransaction]:
 
 def ledger_of(session: AsyncSession | Session) -> Ledger:
     """Return the ledger of *session*, opened at the first call."""
-    info = session.__dict__.get("sync_session", session).info  # an AsyncSession's own `info` is a longer way there
+    sync = session if isinstance(session, Session) else session.sync_session
+    info = sync.info  # an AsyncSession's own `info` is a longer way there
     ledger: Ledger | None = info.get(_KEY)
     if ledger is None:
         ledger = info[_KEY] = Ledger()

@@ -40,7 +40,7 @@ class Plan:
         waits: the changes that are waited for first.
         scope: the transaction around the body; None where the session is only provided.
         retry: how conflicts are retried, where this call owns the transaction.
-        locks: the locks that are held before the body runs.
+        locks: the locks that are held before the body runs; None for none.
         is_generator: whether the scope spans an iteration.
     """
 
@@ -51,7 +51,7 @@ class Plan:
     waits: tuple[RowWait, ...]
     scope: ScopeSpec | None
     retry: Retry | None
-    locks: LockPlan
+    locks: LockPlan | None
     is_generator: bool
 
 
@@ -77,7 +77,7 @@ def plan_of(parameters: Parameters, parts: tuple[Part, ...]) -> Plan:
         waits=tuple(sorted((wait for part in parts for wait in part.waits), key=lambda wait: wait.rank)),
         scope=_scope(scope, locks, function),
         retry=retry,
-        locks=locks,
+        locks=locks or None,
         is_generator=parameters.is_generator,
     )
     _refuse_contradictions(plan)
@@ -147,7 +147,7 @@ def _refuse_contradictions(plan: Plan) -> None:
 
 
 def _contradictions(plan: Plan) -> Iterable[tuple[str, str]]:
-    scope, locks = plan.scope, plan.locks
+    scope, locks = plan.scope, plan.locks or LockPlan()
     if scope is None:
         return
     propagation = scope.propagation

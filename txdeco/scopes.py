@@ -134,13 +134,13 @@ class Scope:
         if commands:
             await run_script(self.session, ";".join(commands))
 
-    def attach(self, session: AsyncSession) -> None:
+    def attach(self, session: AsyncSession, ledger: Ledger) -> None:
         """Enter the stack of *session*: before the first await, so that a second task meets it."""
         self.session = session
-        self.ledger = ledger_of(session)
-        scopes = self.ledger.scopes
+        self.ledger = ledger
+        scopes = ledger.scopes
         if scopes:
-            check_task(self.ledger, self.function)
+            check_task(ledger, self.function)
         if self.action is not Action.AUTOCOMMIT and (not scopes or scopes[-1].action is Action.AUTOCOMMIT):
             guards.put_up(session.sync_session)
         scopes.append(self)
@@ -148,7 +148,9 @@ class Scope:
     def detach(self) -> None:
         """Leave the stack; where no transaction is open any more, the session has its own methods back."""
         scopes = self.ledger.scopes
-        if self in scopes:
+        if scopes and scopes[-1] is self:
+            scopes.pop()
+        elif self in scopes:
             scopes.remove(self)
         if not scopes or scopes[-1].action is Action.AUTOCOMMIT:
             guards.take_down(self.session.sync_session)
@@ -194,7 +196,7 @@ class open_scope:
             ledger = ledger_of(self._session)
             if ledger.suspended:
                 await unwind(ledger, dropped=True)
-            scope.attach(self._session)
+            scope.attach(self._session, ledger)
         try:
             scope.span = telemetry.start("txdeco.scope", function=scope.function, propagation=scope.spec.propagation)
             await self._open()
@@ -290,22 +292,22 @@ async def _own(scope: Scope) -> None:
         await restart(scope.session)
         if scope.loaded is not None:
             scope.loaded.restore(sync, clean=False)
-    await _begin(scope)
+    if options := _begin(scope):
+        await _take_connection(scope, **options)
 
 
-async def _begin(scope: Scope) -> None:
+def _begin(scope: Scope) -> dict[str, Any]:
     sync = scope.session.sync_session
     scope.root = sync.get_transaction() or sync.begin()  # a source such as `maker.begin` has begun already
     scope.fresh = True
     bind = driver.bind_of(sync)
     autocommit = bind is not None and driver.is_autocommit(bind)
     if not (autocommit or scope.spec.isolation or scope.spec.read_only):
-        return
+        return {}
     options = characteristics(scope.spec, bind, where=scope.function, autocommit=autocommit)
     if autocommit and scope.isolation is None:
         scope.isolation = IsolationLevel.READ_COMMITTED
-    if not scope.ledger.rehearsal:
-        await _take_connection(scope, execution_options=options)
+    return {} if scope.ledger.rehearsal else {"execution_options": options}
 
 
 async def _take_connection(scope: Scope, **options: Any) -> None:
@@ -330,16 +332,17 @@ async def _take_connection(scope: Scope, **options: Any) -> None:
 async def _open_own_session(scope: Scope, source: Source, *, beside: bool) -> None:
     """Open the scope's own session. *beside*: another one of this task may hold what this one will wait for."""
     scope.inside = scope.inside or beside
-    scope.opened = open_session(source)
-    scope.attach(await scope.opened.__aenter__())
+    opened = scope.opened = open_session(source)
+    session = await opened.__aenter__()
+    scope.attach(session, opened.ledger)
     if scope.action is Action.AUTOCOMMIT:
         _put_in_autocommit(scope)
         if scope.inside:
             await _take_connection(scope)
         return
-    await _begin(scope)
-    if scope.inside:
-        await _take_connection(scope)
+    options = _begin(scope)
+    if scope.inside or options:
+        await _take_connection(scope, **options)
 
 
 def _put_in_autocommit(scope: Scope) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from txdeco.ambient import Entry
+    from txdeco.ledger import Ledger
 
 __all__ = ["Source", "configure", "create_db_context", "default_source", "locate", "open_session", "provide"]
 
@@ -151,7 +152,9 @@ class open_session:
     leak a connection. Other sources close their own.
     """
 
-    __slots__ = ("_close", "_source", "session")
+    __slots__ = ("_close", "_source", "ledger", "session")
+
+    ledger: Ledger
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -176,7 +179,7 @@ class open_session:
             session = unwrapped(await context.__aenter__(), f"the source {source!r}")
             self._close = context.__aexit__
         self.session = session
-        ledger = ledger_of(session)
+        self.ledger = ledger = ledger_of(session)
         ledger.source = source
         ledger.keeper = keep
         return session
@@ -195,7 +198,7 @@ class open_session:
         if session is None:
             return
         if self._close is None:
-            await close_for_good(session, "its call has ended, and the session is closed for good")
+            await close_for_good(session, self.ledger, "its call has ended, and the session is closed for good")
             return
         try:
             await run_to_end(self._close(type(error) if error else None, error, error and error.__traceback__))
@@ -207,16 +210,15 @@ class open_session:
             raise
 
 
-async def close_for_good(session: AsyncSession, why: str) -> None:
+async def close_for_good(session: AsyncSession, ledger: Ledger, why: str) -> None:
     """Close *session*, and have every later use of it refused with *why* and the way out."""
     sync = session.sync_session
     try:
         if sync.in_transaction():
             await run_to_end(session.close())
-        elif sync.identity_map or not driver.is_clean(sync):
+        elif driver.holds_instances(sync):
             sync.close()  # lets go of the instances; nothing is sent, so nothing can wait
     finally:
-        ledger = ledger_of(session)
         ledger.closed = why
         sync._autobegin_t = _Refusal(why)  # type: ignore[method-assign]
 
@@ -269,7 +271,7 @@ class provide:
             raise entered_already(self._function)
         self._entered = True
         session = await self._opened.__aenter__()
-        ledger_of(session).managed = True
+        self._opened.ledger.managed = True
         self._entry = ambient.push(session, self._source, None)
         return session
 
@@ -280,8 +282,7 @@ class provide:
         if session is None or entry is None:
             return
         ambient.pop(entry)
-        ledger, raised = ledger_of(session), error
-        asked_for = ledger.rollback_only
+        raised, asked_for = error, self._opened.ledger.rollback_only
         try:
             await conclude(session, error, function=self._function, close=self._opened.close)
         except BaseException as failed:

@@ -8,6 +8,7 @@ stand-in for the future, and its `cancel` only takes note.
 from __future__ import annotations
 
 import asyncio
+from asyncio import current_task, get_running_loop
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class finish:
     def __init__(self, work: Coroutine[Any, Any, Any], *, until: float | None = None) -> None:
         self._work = work
         self._until = until
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
+        self._loop = get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
         self._before = 0  # how often the task had been cancelled before it was during the work
         self._timer: asyncio.Handle | None = None
         self._waits_for: asyncio.Future[Any] | _StandIn | None = None
@@ -133,6 +134,7 @@ class finish:
         try:
             while True:
                 self._waits_for = awaited = work.send(None)
+                self._task = current_task(self._loop)  # now, while the work is under way
                 try:
                     yield None if awaited is None else _StandIn(awaited, self)
                 except asyncio.CancelledError as error:

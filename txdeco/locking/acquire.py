@@ -28,12 +28,13 @@ class Acquisition:
 
     Attributes:
         function: who takes them, for errors.
+        plan: what was declared.
         keys: the advisory locks.
         timeout: the deadline of all of them, in seconds.
         rows: once taken, the rows of each `RowLock` of the plan, in the order of its keys.
     """
 
-    __slots__ = ("_arguments", "_plan", "function", "keys", "rows", "timeout")
+    __slots__ = ("_arguments", "function", "keys", "plan", "rows", "timeout")
 
     def __init__(self, plan: LockPlan, arguments: Mapping[str, Any], *, function: str) -> None:
         """Complete *plan* by the *arguments* of a call, by the names of the parameters.
@@ -41,7 +42,7 @@ class Acquisition:
         Raises:
             MisuseError: an argument leads to no key.
         """
-        self._plan = plan
+        self.plan = plan
         self._arguments = arguments
         self.keys = advisory_wanted(plan.advisory, arguments, where=function)
         self.function = function
@@ -58,7 +59,7 @@ class Acquisition:
             MisuseError: the transaction cannot hold them.
             UnsupportedError: the database or its driver has no such locks, or a table is a view.
         """
-        plan, function = self._plan, self.function
+        plan, function = self.plan, self.function
         names = names_for(scope.session, what=function)
         self._refuse_misuse(scope)
         tables = tables_wanted(plan, names)

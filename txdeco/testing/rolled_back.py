@@ -96,7 +96,7 @@ async def rolled_back_session(source: Source | AsyncEngine) -> AsyncGenerator[As
         finally:
             sessions.rehearsals.remove(rehearsal)
             try:
-                await sessions.close_for_good(rehearsal.session, "its test has ended")
+                await sessions.close_for_good(rehearsal.session, ledger_of(rehearsal.session), "its test has ended")
             finally:
                 await run_to_end(transaction.rollback())
 
