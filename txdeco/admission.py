@@ -2,29 +2,44 @@
 
 A gate knows only its own process. Where several work on the same rows, each of them sees the conflicts of all, and so
 narrows its gate: additive increase, multiplicative decrease in small, as in TCP (https://www.rfc-editor.org/rfc/rfc5681).
+
+Who keeps losing all the same runs alone: then it can only lose against another process.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-__all__ = ["Gate", "gate_of"]
+__all__ = ["ALONE", "COURTESY", "Gate", "gate_of", "known_gate"]
 
 PEACE: Final = 8
 """How many attempts in a row have to end without a conflict before one more is let in again."""
+
+ALONE: Final = 3
+"""The attempt from which on a call runs alone, as far as the others in this process can be waited for."""
+
+COURTESY: Final = 0.25
+"""Seconds that attempts wait for each other so that one can run alone: no longer, for what one of them holds may be
+what another waits for."""
 
 _gates: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, Gate]] = WeakKeyDictionary()
 
 
 def gate_of(key: object, concurrency: int) -> Gate:
     """Return the gate of one function on the running loop."""
-    loops = _gates.setdefault(key, WeakKeyDictionary())
-    loop = asyncio.get_running_loop()
-    if loop not in loops:
-        loops[loop] = Gate(concurrency)
-    return loops[loop]
+    gate = known_gate(key)
+    if gate is None:
+        gate = _gates.setdefault(key, WeakKeyDictionary())[asyncio.get_running_loop()] = Gate(concurrency)
+    return gate
+
+
+def known_gate(key: object) -> Gate | None:
+    """Return the gate of one function on the running loop, or None where no attempt has met a conflict yet."""
+    loops = _gates.get(key)
+    return None if loops is None else loops.get(asyncio.get_running_loop())
 
 
 class Gate:
@@ -32,13 +47,25 @@ class Gate:
 
     def __init__(self, concurrency: int) -> None:
         self._places = asyncio.Semaphore(concurrency)
+        self._waiting = 0
         self._can_close = concurrency - 1
         self._closed = 0
         self._peace = 0
+        self._running = 0
+        self._quiet = asyncio.Event()  # is set while nobody runs
+        self._quiet.set()
+        self._idle = asyncio.Event()  # is set while nobody runs, although somebody waits
+        self._turns = asyncio.Lock()  # of those that want to run alone
+        self._alone: object = None  # who does
+        self._over = asyncio.Event()  # set when it has ended
 
     async def enter(self) -> None:
         """Wait for a place. Cancelled, it takes none."""
-        await self._places.acquire()
+        self._count(waiting=1)
+        try:
+            await self._places.acquire()
+        finally:
+            self._count(waiting=-1)
 
     def leave(self, *, conflicted: bool) -> None:
         """Give the place back, or close it where the attempt met a conflict again."""
@@ -54,3 +81,64 @@ class Gate:
                 self._closed -= 1
                 self._places.release()
         self._places.release()
+
+    async def pause(self, seconds: float) -> None:
+        """Let *seconds* go by before an attempt; while others wait for its place, only as long as somebody runs."""
+        await _until_set(self._idle, asyncio.get_running_loop().time() + seconds)
+
+    async def begin(self, who: object, *, alone: bool = False, until: float | None = None) -> None:
+        """Let the attempt *who* run, once the one that runs alone has ended; *alone*: as that one, once all have.
+
+        Nobody waits longer than `COURTESY`, or than *until* on the clock of the loop. Cancelled, it does not run.
+        """
+        if alone or self._alone is not None:
+            courtesy = asyncio.get_running_loop().time() + COURTESY
+            limit = courtesy if until is None else min(courtesy, until)
+            in_time = await _until(limit, self._turns.acquire() if alone else self._over.wait())
+            if alone and in_time:
+                await self._begin_alone(who, limit)
+        self._count(running=1)
+
+    async def _begin_alone(self, who: object, limit: float) -> None:
+        self._alone = who
+        self._over.clear()
+        try:
+            await _until_set(self._quiet, limit)
+        except BaseException:
+            self._end_alone()
+            raise
+
+    def end(self, who: object) -> None:
+        """Take note that the attempt *who* has ended."""
+        if who is self._alone:
+            self._end_alone()
+        self._count(running=-1)
+
+    def _end_alone(self) -> None:
+        self._alone = None
+        self._over.set()
+        self._turns.release()
+
+    def _count(self, *, waiting: int = 0, running: int = 0) -> None:
+        self._waiting += waiting
+        self._running += running
+        for event, is_so in ((self._quiet, not self._running), (self._idle, self._waiting and not self._running)):
+            if is_so:
+                event.set()
+            else:
+                event.clear()
+
+
+async def _until_set(event: asyncio.Event, limit: float) -> None:
+    while not event.is_set() and await _until(limit, event.wait()):
+        pass  # of several that waited for it the first may have cleared it again
+
+
+async def _until(limit: float, waiting: Awaitable[object]) -> bool:
+    """Await *waiting* until *limit* on the clock of the loop; tell whether it has happened."""
+    try:
+        async with asyncio.timeout_at(limit):
+            await waiting
+    except TimeoutError:
+        return False
+    return True

@@ -81,6 +81,14 @@ def entries() -> Iterator[Entry]:
         entry = entry.parent
 
 
+def in_scope() -> bool:
+    """Tell whether a declared scope is open around the running code in this very task."""
+    if _chain.get() is None:
+        return False
+    here = task_here()
+    return any(entry.scope is not None and entry.task is here for entry in entries())
+
+
 def own_entry() -> Entry | None:
     """Return the innermost open entry if this very task pushed it."""
     entry = innermost()

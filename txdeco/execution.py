@@ -197,7 +197,11 @@ async def _attempts(call: _Call) -> Any:
     if plan.retry is None:
         return await _attempt(call)
     return await run_with_retry(
-        plan.retry, function=plan.function, key=call.key, attempt=lambda turn: _attempt(call, turn)
+        plan.retry,
+        function=plan.function,
+        key=call.key,
+        attempt=lambda turn: _attempt(call, turn),
+        timeout=None if plan.scope is None else plan.scope.timeout,
     )
 
 

@@ -189,9 +189,8 @@ class open_scope:
         scope = self.scope
         if scope.task is not NOBODY:
             raise entered_already(scope.function)
-        task = scope.task = ambient.task_here()
-        if ambient.chain() is not None:
-            scope.inside = any(each.scope is not None and each.task is task for each in ambient.entries())
+        scope.task = ambient.task_here()
+        scope.inside = ambient.in_scope()
         if self._session is not None:
             ledger = ledger_of(self._session)
             if ledger.suspended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from support.clock import Clock
 from support.commits import fail_commit
 from support.models import Account
+from support.waiting import until
 from txdeco import (
     INJECTED,
     DeadlockError,
@@ -23,12 +25,13 @@ from txdeco import (
     SerializationError,
     TransactionTimeoutError,
     UnexpectedRollbackError,
+    admission,
     get_transaction,
     injects_session,
     locks_rows,
     transactional,
 )
-from txdeco.admission import Gate
+from txdeco.admission import COURTESY, Gate
 from txdeco.testing import failing_attempts
 
 Maker = async_sessionmaker[AsyncSession]
@@ -361,6 +364,238 @@ async def test_inside_another_scope_nobody_waits_at_the_gate(maker: Maker) -> No
     async with maker() as session, get_transaction(session), asyncio.timeout(10):
         await inner(session, True)
     assert len(entered) == 4
+
+
+async def some_turns_of_the_loop() -> None:
+    """Let in whoever can go on without waiting for anything."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_who_runs_alone_waits_for_the_others_and_they_for_it() -> None:
+    """Those that have begun end first; those that come meanwhile begin afterwards, and before the next one alone."""
+    gate = Gate(4)
+    await gate.begin("first")
+    waiting = {
+        "alone": asyncio.create_task(gate.begin("alone", alone=True)),
+        "late": asyncio.create_task(gate.begin("late")),
+        "next": asyncio.create_task(gate.begin("next", alone=True)),
+    }
+
+    async def begun() -> list[str]:
+        await some_turns_of_the_loop()
+        return [name for name, task in waiting.items() if task.done()]
+
+    assert await begun() == []
+    gate.end("first")
+    assert await begun() == ["alone"]
+    gate.end("alone")
+    assert await begun() == ["alone", "late"]
+    gate.end("late")
+    assert await begun() == ["alone", "late", "next"]
+    gate.end("next")
+    await gate.begin("last")
+
+
+async def test_attempts_wait_for_each_other_only_as_long_as_courtesy_asks(clock: Clock) -> None:
+    """What one of them holds may be what another waits for: they go on when time is up, or when their own is."""
+    gate = Gate(4)
+    await gate.begin("first")
+    for name, alone, patience in (
+        ("alone", True, COURTESY),
+        ("late", False, COURTESY),
+        ("next", True, COURTESY),
+        ("hasty", False, COURTESY / 2),
+    ):
+        own_end = None if patience == COURTESY else asyncio.get_running_loop().time() + patience
+        waiting = asyncio.create_task(gate.begin(name, alone=alone, until=own_end))
+        await some_turns_of_the_loop()
+        assert not waiting.done()
+        clock.advance(patience)
+        await some_turns_of_the_loop()
+        assert waiting.done()
+    for name in ("alone", "next", "late", "first", "hasty"):
+        gate.end(name)
+    await gate.begin("quiet", alone=True)
+    gate.end("quiet")
+
+
+async def test_a_call_that_nobody_waits_for_pauses_in_full(clock: Clock) -> None:
+    """The jitter is for those in other processes, too."""
+    gate = Gate(2)
+    await gate.enter()
+    pausing = asyncio.create_task(gate.pause(10))
+    await some_turns_of_the_loop()
+    assert not pausing.done()
+    clock.advance(10)
+    await some_turns_of_the_loop()
+    assert pausing.done()
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["nobody runs any more", "time is up"])
+async def test_while_others_wait_a_pause_lasts_only_as_long_as_somebody_runs(clock: Clock, ends: bool) -> None:
+    """Nothing is gained by a pause beside which nothing happens; of several that pause one goes on at a time."""
+    gate = Gate(2)
+    await gate.begin("running")
+
+    async def pause(name: str) -> None:
+        await gate.pause(10)
+        await gate.begin(name)
+
+    await gate.enter()
+    await gate.enter()
+    waiting = asyncio.create_task(gate.enter())
+    await some_turns_of_the_loop()
+    pausing = [asyncio.create_task(pause("first")), asyncio.create_task(pause("second"))]
+    await some_turns_of_the_loop()
+    assert [task.done() for task in pausing] == [False, False]
+    if ends:
+        gate.end("running")
+    else:
+        clock.advance(10)
+    await some_turns_of_the_loop()
+    assert [task.done() for task in pausing] == [True, not ends]
+    gate.end("first")
+    await some_turns_of_the_loop()
+    assert pausing[1].done()
+    gate.leave(conflicted=False)
+    await waiting
+
+
+async def test_calls_that_wait_for_each_other_do_not_pause_beside_nobody(
+    maker: Maker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first goes on as soon as the second waits for its place; the second, behind which nobody waits, pauses."""
+    monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
+    first, ended = asyncio.Barrier(2), 0
+
+    @transactional(source=maker, retry=Retry(attempts=2, delay=3600, max_delay=3600, concurrency=1))
+    @injects_session
+    async def call(turns: list[int], *, session: AsyncSession = INJECTED) -> None:
+        nonlocal ended
+        turns.append(1)
+        if len(turns) == 1:
+            await first.wait()
+            await fail(session, "40001")
+        ended += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(call([]))
+        tasks.create_task(call([]))
+        await until(lambda: ended)
+        await some_turns_of_the_loop()
+        assert ended == 1
+        clock.advance(3600)
+    assert ended == 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_an_attempt_that_is_cancelled_while_it_waits_keeps_nobody_waiting(alone: bool) -> None:
+    """It has not begun: nobody waits for its end."""
+    gate = Gate(4)
+    other = asyncio.create_task(gate.begin("other", alone=not alone))
+    await some_turns_of_the_loop()
+    assert other.done()
+    cancelled = asyncio.create_task(gate.begin("cancelled", alone=alone))
+    await some_turns_of_the_loop()
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    gate.end("other")
+    for everybody in (False, True):
+        begun = asyncio.create_task(gate.begin("late", alone=everybody))
+        await some_turns_of_the_loop()
+        assert begun.done()
+        gate.end("late")
+
+
+async def test_the_third_attempt_of_a_call_runs_alone(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside it no other call of the function runs: what had begun has ended, what comes waits."""
+    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
+    order: list[str] = []
+    begun, go = defaultdict(asyncio.Event), defaultdict(asyncio.Event)
+
+    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0))
+    async def call(session: AsyncSession, name: str, turns: list[int]) -> None:
+        turns.append(1)
+        turn = f"{name} {len(turns)}"
+        order.append(turn)
+        begun[turn].set()
+        if turn != "loser 1":
+            await go[turn].wait()
+        if name == "loser" and len(turns) < 3:
+            await fail(session, "40001")
+        order.append(f"{name} ends")
+
+    async def start(name: str) -> None:
+        async with maker() as session:
+            await call(session, name, [])
+
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(20):
+        tasks.create_task(start("loser"))
+        await begun["loser 2"].wait()
+        tasks.create_task(start("neighbour"))
+        await begun["neighbour 1"].wait()
+        go["loser 2"].set()
+        await until(lambda: any(gate._alone for gates in admission._gates.values() for gate in gates.values()))
+        tasks.create_task(start("late"))
+        await some_turns_of_the_loop()
+        go["neighbour 1"].set()
+        await begun["loser 3"].wait()
+        await some_turns_of_the_loop()
+        go["late 1"].set()
+        go["loser 3"].set()
+    assert order[2:] == ["neighbour 1", "neighbour ends", "loser 3", "loser ends", "late 1", "late ends"]
+
+
+async def test_inside_another_scope_nobody_waits_for_who_runs_alone(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The locks of the scope around may be what the one that runs alone waits for."""
+    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
+    alone, inside = asyncio.Event(), asyncio.Event()
+
+    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0))
+    @injects_session
+    async def call(turns: list[int], event: asyncio.Event, *, session: AsyncSession = INJECTED) -> None:
+        turns.append(1)
+        if len(turns) < 3:
+            await fail(session, "40001")
+        event.set()
+        await inside.wait()
+
+    async with maker() as session, asyncio.TaskGroup() as tasks, asyncio.timeout(20):
+        tasks.create_task(call([], alone))
+        await alone.wait()
+        async with get_transaction(session):
+            await call([0, 0], inside, session=session)
+
+
+async def test_waiting_for_who_runs_alone_is_part_of_the_deadline(
+    maker: Maker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that has no time left when it is let in does not begin."""
+    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
+    alone, bodies = asyncio.Event(), 0
+
+    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0), timeout=60)
+    @injects_session
+    async def call(turns: list[int], *, session: AsyncSession = INJECTED) -> None:
+        nonlocal bodies
+        bodies += 1
+        turns.append(1)
+        if len(turns) < 3:
+            await fail(session, "40001")
+        alone.set()
+        await asyncio.Event().wait()
+
+    loser = asyncio.create_task(call([]))
+    await alone.wait()
+    late = asyncio.create_task(call([0, 0]))
+    await some_turns_of_the_loop()
+    clock.advance(61)
+    ended = await asyncio.gather(loser, late, return_exceptions=True)
+    assert [type(each) for each in ended] == [TransactionTimeoutError, TransactionTimeoutError]
+    assert bodies == 3
 
 
 async def test_the_deadline_spans_all_attempts(maker: Maker, clock: Clock) -> None:
