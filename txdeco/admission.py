@@ -13,7 +13,7 @@ from collections.abc import Awaitable
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-__all__ = ["ALONE", "COURTESY", "Gate", "gate_of", "known_gate"]
+__all__ = ["ALONE", "COURTESY", "Gate", "gate_of"]
 
 PEACE: Final = 8
 """How many attempts in a row have to end without a conflict before one more is let in again."""
@@ -30,16 +30,15 @@ _gates: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, Gate
 
 def gate_of(key: object, concurrency: int) -> Gate:
     """Return the gate of one function on the running loop."""
-    gate = known_gate(key)
+    loop, loops = asyncio.get_running_loop(), _gates.get(key)
+    if loops is None:
+        loops = _gates[key] = WeakKeyDictionary()
+    gate = loops.get(loop)
     if gate is None:
-        gate = _gates.setdefault(key, WeakKeyDictionary())[asyncio.get_running_loop()] = Gate(concurrency)
+        for closed in [each for each in loops if each.is_closed()]:
+            del loops[closed]  # what has been waited for in a loop holds it
+        gate = loops[loop] = Gate(concurrency)
     return gate
-
-
-def known_gate(key: object) -> Gate | None:
-    """Return the gate of one function on the running loop, or None where no attempt has met a conflict yet."""
-    loops = _gates.get(key)
-    return None if loops is None else loops.get(asyncio.get_running_loop())
 
 
 class Gate:
@@ -57,6 +56,7 @@ class Gate:
         self._idle = asyncio.Event()  # is set while nobody runs, although somebody waits
         self._turns = asyncio.Lock()  # of those that want to run alone
         self._alone: object = None  # who does
+        self._since = 0.0  # since when
         self._over = asyncio.Event()  # set when it has ended
 
     async def enter(self) -> None:
@@ -89,10 +89,11 @@ class Gate:
     async def begin(self, who: object, *, alone: bool = False, until: float | None = None) -> None:
         """Let the attempt *who* run, once the one that runs alone has ended; *alone*: as that one, once all have.
 
-        Nobody waits longer than `COURTESY`, or than *until* on the clock of the loop. Cancelled, it does not run.
+        Nobody waits longer than `COURTESY`, or than *until* on the clock of the loop, and nobody for one that has been
+        alone for so long. Cancelled, it does not run.
         """
         if alone or self._alone is not None:
-            courtesy = asyncio.get_running_loop().time() + COURTESY
+            courtesy = (asyncio.get_running_loop().time() if alone else self._since) + COURTESY
             limit = courtesy if until is None else min(courtesy, until)
             in_time = await _until(limit, self._turns.acquire() if alone else self._over.wait())
             if alone and in_time:
@@ -100,13 +101,15 @@ class Gate:
         self._count(running=1)
 
     async def _begin_alone(self, who: object, limit: float) -> None:
-        self._alone = who
+        loop = asyncio.get_running_loop()
+        self._alone, self._since = who, loop.time()
         self._over.clear()
         try:
             await _until_set(self._quiet, limit)
         except BaseException:
             self._end_alone()
             raise
+        self._since = loop.time()
 
     def end(self, who: object) -> None:
         """Take note that the attempt *who* has ended."""

@@ -196,12 +196,14 @@ async def _attempts(call: _Call) -> Any:
     plan = call.plan
     if plan.retry is None:
         return await _attempt(call)
+    call.locate()
     return await run_with_retry(
         plan.retry,
         function=plan.function,
         key=call.key,
         attempt=lambda turn: _attempt(call, turn),
         timeout=None if plan.scope is None else plan.scope.timeout,
+        gated=call.found is None or not call.found.in_transaction(),
     )
 
 

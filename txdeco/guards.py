@@ -84,7 +84,8 @@ def put_up(session: Session) -> None:
 def take_down(session: Session) -> None:
     """Give the session its methods back."""
     own = session.__dict__
-    if "commit" in own:
-        del own["commit"], own["rollback"], own["close"], own["reset"], own["invalidate"]
+    if own.get("commit") is _COMMIT:
+        for method in ("commit", "rollback", "close", "reset", "invalidate"):
+            own.pop(method, None)
     if "_autobegin_t" in own and type(own["_autobegin_t"]) is _Outlived:
         del own["_autobegin_t"]

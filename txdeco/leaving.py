@@ -212,6 +212,8 @@ async def _commit_failed(scope: Scope, failed: BaseException, error: BaseExcepti
 async def _after(scope: Scope, raised: BaseException | None, *, committed: bool) -> None:
     """The transaction has ended, and the call raises *raised*: run its hooks outside of it."""
     scope.detach()
+    if scope.turn is not None:
+        scope.turn.end()
     close = None if scope.opened is None else scope.opened.close
     await settle_hooks(scope.ledger, committed=committed, since=scope.own_hooks, close=close, error=raised)
 

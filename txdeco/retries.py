@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from txdeco import ambient, driver, telemetry
-from txdeco.admission import ALONE, Gate, gate_of, known_gate
+from txdeco.admission import ALONE, Gate, gate_of
 from txdeco.deadlines import Deadline
 from txdeco.durations import Duration, is_zero, seconds
 from txdeco.errors import (
@@ -44,9 +44,9 @@ class Retry:
 
     Only the scope that owns the transaction retries, and always the whole call on a clean session. The pauses are
     drawn evenly between zero and ``delay * 2**n``, at most `max_delay` ("full jitter",
-    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Where other calls of the function wait to
-    be let in and none runs, a pause ends early. From its third attempt on a call runs alone, as far as the others in
-    this process end, and wait, within a quarter of a second.
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Where other calls of the function wait
+    to be let in and none runs, the first two pauses after a conflict end early. From its third attempt on a call runs
+    alone, as far as the others in this process end, and wait, within a quarter of a second.
 
     Attributes:
         attempts: how many times the call runs at most, the first time included.
@@ -108,7 +108,7 @@ def _pause(value: Duration, name: str) -> float:
 class Turn:
     """The attempts of one call: its scope says here how it ended, and the loop around it decides."""
 
-    __slots__ = ("_deadline", "again", "around", "inside", "number", "owner", "policy", "sqlstate")
+    __slots__ = ("_deadline", "again", "around", "gate", "inside", "number", "owner", "policy", "sqlstate")
 
     def __init__(self, policy: Retry | None) -> None:
         self.policy = policy
@@ -118,6 +118,7 @@ class Turn:
         self.around: str | None = None  # whose transaction the call works in, where it does not own one
         self.again = False
         self.sqlstate: str | None = None
+        self.gate: Gate | None = None  # where the attempt counts as running
         self._deadline: Deadline | None = None
 
     @property
@@ -140,6 +141,11 @@ class Turn:
         return self.policy is not None and self.sqlstate in self.policy.sqlstates
 
     @property
+    def lost_outside(self) -> bool:
+        """Whether it was not another call of the function that the attempt lost against, as far as can be told."""
+        return self.number >= ALONE or self.sqlstate not in CONFLICTS
+
+    @property
     def until(self) -> float | None:
         """When the deadline of the whole call is, on the clock of the loop."""
         return None if self._deadline is None else self._deadline.at
@@ -147,6 +153,17 @@ class Turn:
     def hurry(self, timeout: float | None) -> float | None:
         """Begin the deadline, if there is one, before the first scope does; return when it is."""
         return None if timeout is None else self.deadline(timeout).at
+
+    async def begin(self, gate: Gate, *, alone: bool = False, until: float | None = None) -> None:
+        """Count as running at *gate*, once it lets the attempt run."""
+        await gate.begin(self, alone=alone, until=until)
+        self.gate = gate
+
+    def end(self) -> None:
+        """The transaction of the attempt has ended: what its hooks call need not wait for it. Once is enough."""
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate.end(self)
 
     def start(self) -> None:
         """Begin the next attempt."""
@@ -187,6 +204,7 @@ async def run_with_retry(
     key: object,
     attempt: Callable[[Turn], Awaitable[T]],
     timeout: float | None = None,
+    gated: bool = True,
 ) -> T:
     """Await *attempt* until it succeeds, or is not worth another try.
 
@@ -195,13 +213,13 @@ async def run_with_retry(
         function: the name of the call, for errors and logs.
         key: what the gate of second and later attempts belongs to: the decorated function.
         timeout: the seconds that the scopes of the call have, all together.
+        gated: whether the first attempt may wait for another one; not where it begins inside a transaction.
         attempt: opens the scope, giving it the `Turn`, and runs the call.
     """
     turn = Turn(retry)
-    gate = None if ambient.in_scope() else known_gate(key)
-    if gate is not None:
-        await gate.begin(turn, until=turn.hurry(timeout))
-    admitted = False
+    if gated and turn.retries and retry is not None and not ambient.in_scope():
+        await turn.begin(gate_of(key, retry.concurrency), until=turn.hurry(timeout))
+    admitted: Gate | None = None
     while True:
         turn.start()
         try:
@@ -213,10 +231,10 @@ async def run_with_retry(
                 _explain(error, turn, function)
                 raise
         finally:
-            if gate is not None:
-                gate.end(turn)
-                if admitted:
-                    gate.leave(conflicted=turn.conflicted)
+            turn.end()
+            if admitted is not None:
+                admitted.leave(conflicted=turn.conflicted)
+                admitted = None
         log.info(
             "%s: attempt %d ended with SQLSTATE %s, trying again",
             function,
@@ -224,8 +242,7 @@ async def run_with_retry(
             turn.sqlstate,
             extra={"txdeco_function": function, "txdeco_attempt": turn.number, "txdeco_sqlstate": turn.sqlstate},
         )
-        gate = await _admission(retry, turn, key, failure)
-        admitted = gate is not None
+        admitted = await _admission(retry, turn, key, failure)
 
 
 async def _admission(retry: Retry, turn: Turn, key: object, failure: Exception) -> Gate | None:
@@ -240,11 +257,12 @@ async def _admission(retry: Retry, turn: Turn, key: object, failure: Exception) 
             if gate is not None:
                 await gate.enter()
                 admitted = True
-            if gate is None:
+            if gate is None or turn.lost_outside:
                 await asyncio.sleep(retry.pause(turn.number))
             else:
                 await gate.pause(retry.pause(turn.number))
-                await gate.begin(turn, alone=turn.number + 1 >= ALONE)
+            if gate is not None:
+                await turn.begin(gate, alone=turn.number + 1 >= ALONE)
             admitted = False  # the attempt gives it back
             return gate
     except TimeoutError:

@@ -248,3 +248,20 @@ async def test_work_in_a_savepoint_that_nobody_commits_is_warned_of(maker: Maker
         await call(session)
     with pytest.warns(UncommittedWorkWarning, match="call"):
         await session.close()
+
+
+async def test_a_session_with_methods_of_its_own_keeps_them(maker: Maker) -> None:
+    """What a user put in the place of a method, for instrumentation say, is not taken for what a scope put there."""
+    seen: list[AsyncSession] = []
+
+    def counted() -> None:
+        """Stand for a user's own commit."""
+
+    @transactional(propagation="not_supported", source=maker)
+    @injects_session
+    async def call(*, session: AsyncSession = INJECTED) -> None:
+        session.sync_session.commit = counted  # type: ignore[method-assign]
+        seen.append(session)
+
+    await call()
+    assert seen[0].sync_session.commit is counted

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from collections import defaultdict
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from support.clock import Clock
 from support.commits import fail_commit
@@ -29,6 +31,7 @@ from txdeco import (
     get_transaction,
     injects_session,
     locks_rows,
+    on_commit,
     transactional,
 )
 from txdeco.admission import COURTESY, Gate
@@ -403,11 +406,11 @@ async def test_attempts_wait_for_each_other_only_as_long_as_courtesy_asks(clock:
     await gate.begin("first")
     for name, alone, patience in (
         ("alone", True, COURTESY),
-        ("late", False, COURTESY),
-        ("next", True, COURTESY),
         ("hasty", False, COURTESY / 2),
+        ("late", False, COURTESY / 2),  # all that the one alone may still ask for
+        ("next", True, COURTESY),
     ):
-        own_end = None if patience == COURTESY else asyncio.get_running_loop().time() + patience
+        own_end = asyncio.get_running_loop().time() + patience if name == "hasty" else None
         waiting = asyncio.create_task(gate.begin(name, alone=alone, until=own_end))
         await some_turns_of_the_loop()
         assert not waiting.done()
@@ -568,6 +571,123 @@ async def test_inside_another_scope_nobody_waits_for_who_runs_alone(
         await alone.wait()
         async with get_transaction(session):
             await call([0, 0], inside, session=session)
+
+
+async def test_who_runs_alone_lets_end_what_began_before_the_first_conflict(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt counts from the first call on, though nobody had to wait yet."""
+    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
+    order: list[str] = []
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0))
+    @injects_session
+    async def call(name: str, turns: list[int], *, session: AsyncSession = INJECTED) -> None:
+        turns.append(1)
+        if name == "neighbour":
+            begun.set()
+            await go.wait()
+        elif len(turns) < 3:
+            if len(turns) == 2:
+                asyncio.get_running_loop().call_later(0.01, go.set)
+            await fail(session, "40001")
+        order.append(name)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(call("neighbour", []))
+        await begun.wait()
+        tasks.create_task(call("loser", []))
+    assert order == ["neighbour", "loser"]
+
+
+async def test_inside_a_transaction_that_nobody_declared_nobody_waits_either(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its locks may be what the one that runs alone waits for."""
+    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
+    alone, inside = asyncio.Event(), asyncio.Event()
+
+    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0))
+    @injects_session
+    async def call(turns: list[int], event: asyncio.Event, *, session: AsyncSession = INJECTED) -> None:
+        turns.append(1)
+        if len(turns) < 3:
+            await fail(session, "40001")
+        event.set()
+        await inside.wait()
+
+    async with maker() as session, session.begin(), asyncio.TaskGroup() as tasks, asyncio.timeout(20):
+        tasks.create_task(call([], alone))
+        await alone.wait()
+        await call([0, 0], inside, session=session)
+
+
+async def test_a_hook_of_a_call_that_ran_alone_does_not_wait_for_it(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction has ended when its hooks run: they may call the same function."""
+    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
+
+    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0))
+    @injects_session
+    async def call(turns: list[int], *, session: AsyncSession = INJECTED) -> None:
+        turns.append(1)
+        if len(turns) < 3:
+            await fail(session, "40001")
+        if len(turns) == 3:
+            on_commit(call, turns)
+
+    turns: list[int] = []
+    async with asyncio.timeout(20):
+        await call(turns)
+    assert len(turns) == 4
+
+
+@pytest.mark.parametrize(("sqlstate", "shortened"), [("40001", 2), ("40P01", 2), ("55P03", 0)])
+async def test_who_has_lost_against_somebody_outside_pauses_in_full(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch, sqlstate: str, shortened: int
+) -> None:
+    """Only the first two pauses may end early, and only after a conflict."""
+    pauses: list[float] = []
+
+    async def pause(_: Gate, seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(Gate, "pause", pause)
+
+    @transactional(source=maker, retry=Retry(6, delay=0.0, sqlstates=frozenset({"40001", "40P01", "55P03"})))
+    @injects_session
+    async def call(*, session: AsyncSession = INJECTED) -> None:
+        await fail(session, sqlstate)
+
+    with pytest.raises((SerializationError, DeadlockError, DBAPIError)):
+        await call()
+    assert len(pauses) == shortened
+
+
+def test_the_gate_of_a_loop_that_is_closed_is_let_go_of(database: str) -> None:
+    """One loop for each job leaves nothing behind but the last one."""
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    @transactional(retry=Retry(attempts=2, delay=0.0))
+    @injects_session
+    async def call(turns: list[int], *, session: AsyncSession = INJECTED) -> None:
+        turns.append(1)
+        if len(turns) == 1:
+            await fail(session, "40001")
+
+    async def job() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        engine = create_async_engine(database)
+        async with AsyncSession(engine) as session:
+            await call([], session=session)
+        await engine.dispose()
+
+    for _ in range(5):
+        asyncio.run(job())
+    gc.collect()
+    assert sum(loop() is not None for loop in loops) <= 1
 
 
 async def test_waiting_for_who_runs_alone_is_part_of_the_deadline(
