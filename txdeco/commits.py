@@ -207,7 +207,7 @@ async def roll_back(session: AsyncSession) -> None:
     if not ledger.watches:
         end_rollback(sync, ledger)
         return
-    outcome = await finish(greenlet_spawn(end_rollback, sync, ledger), until=no_later())
+    outcome = await finish(session.run_sync(end_rollback, ledger), until=no_later())
     cancelled = outcome.cancelled
     if outcome.error is not None:
         log.warning("a rollback failed; its connection is dropped", exc_info=outcome.error)

@@ -12,6 +12,11 @@ from txdeco.ledger import ledger_of
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+_WAYS_OUT = {
+    "commit": "Leave the scope to commit, or open one of its own with propagation='requires_new'",
+    "rollback": "Raise an exception, or call set_rollback_only() to roll back and return normally",
+}
+
 
 class _Guard:
     __slots__ = ("_fix", "_method")
@@ -44,9 +49,9 @@ class _Closer:
         type(session).invalidate(session)  # a task may be in the middle of a statement
 
 
-_COMMIT = _Guard("commit", "Leave the scope to commit, or open one of its own with propagation='requires_new'")
-_ROLLBACK = _Guard("rollback", "Raise an exception, or call set_rollback_only() to roll back and return normally")
-_CLOSE, _RESET, _INVALIDATE = _Closer("close"), _Closer("reset"), _Closer("invalidate")
+_GUARDS = {method: _Guard(method, fix) for method, fix in _WAYS_OUT.items()}
+_CLOSERS = tuple((method, _Closer(method)) for method in ("close", "reset", "invalidate"))
+_REPLACED = (*_GUARDS, *(method for method, _ in _CLOSERS))
 
 
 class _Outlived:
@@ -75,17 +80,16 @@ def seal(session: Session) -> None:
 def put_up(session: Session) -> None:
     """Refuse, on this session, whatever would end the transaction under the scopes that are open on it."""
     own = session.__dict__
-    own["commit"], own["rollback"] = _COMMIT, _ROLLBACK
-    own["close"] = MethodType(_CLOSE, session)
-    own["reset"] = MethodType(_RESET, session)
-    own["invalidate"] = MethodType(_INVALIDATE, session)
+    own.update(_GUARDS)
+    for method, closer in _CLOSERS:
+        own[method] = MethodType(closer, session)
 
 
 def take_down(session: Session) -> None:
     """Give the session its methods back."""
     own = session.__dict__
-    if own.get("commit") is _COMMIT:
-        for method in ("commit", "rollback", "close", "reset", "invalidate"):
+    if own.get("commit") is _GUARDS["commit"]:  # and not a user's own, where none were put up
+        for method in _REPLACED:
             own.pop(method, None)
-    if "_autobegin_t" in own and type(own["_autobegin_t"]) is _Outlived:
+    if type(own.get("_autobegin_t")) is _Outlived:
         del own["_autobegin_t"]

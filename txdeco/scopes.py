@@ -296,6 +296,7 @@ async def _own(scope: Scope) -> None:
 
 
 def _begin(scope: Scope) -> dict[str, Any]:
+    """Begin, without a word to the server; return what the connection has to be taken with at once, if it has to."""
     sync = scope.session.sync_session
     scope.root = sync.get_transaction() or sync.begin()  # a source such as `maker.begin` has begun already
     scope.fresh = True

@@ -375,6 +375,11 @@ async def some_turns_of_the_loop() -> None:
         await asyncio.sleep(0)
 
 
+def somebody_is_to_run_alone() -> bool:
+    """Tell whether an attempt of any function runs alone, or waits for the others to end."""
+    return any(gate._alone for gates in admission._gates.values() for gate in gates.values())
+
+
 async def test_who_runs_alone_waits_for_the_others_and_they_for_it() -> None:
     """Those that have begun end first; those that come meanwhile begin afterwards, and before the next one alone."""
     gate = Gate(4)
@@ -539,7 +544,7 @@ async def test_the_third_attempt_of_a_call_runs_alone(maker: Maker, monkeypatch:
         tasks.create_task(start("neighbour"))
         await begun["neighbour 1"].wait()
         go["loser 2"].set()
-        await until(lambda: any(gate._alone for gates in admission._gates.values() for gate in gates.values()))
+        await until(somebody_is_to_run_alone)
         tasks.create_task(start("late"))
         await some_turns_of_the_loop()
         go["neighbour 1"].set()
@@ -550,10 +555,15 @@ async def test_the_third_attempt_of_a_call_runs_alone(maker: Maker, monkeypatch:
     assert order[2:] == ["neighbour 1", "neighbour ends", "loser 3", "loser ends", "late 1", "late ends"]
 
 
-async def test_inside_another_scope_nobody_waits_for_who_runs_alone(
-    maker: Maker, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("begin", "shares"),
+    [(get_transaction, True), (get_transaction, False), (AsyncSession.begin, True)],
+    ids=["declared", "declared, on another session", "undeclared"],
+)
+async def test_inside_a_transaction_nobody_waits_for_who_runs_alone(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch, begin: Any, shares: bool
 ) -> None:
-    """The locks of the scope around may be what the one that runs alone waits for."""
+    """The locks of the transaction around may be what the one that runs alone waits for."""
     monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
     alone, inside = asyncio.Event(), asyncio.Event()
 
@@ -569,8 +579,8 @@ async def test_inside_another_scope_nobody_waits_for_who_runs_alone(
     async with maker() as session, asyncio.TaskGroup() as tasks, asyncio.timeout(20):
         tasks.create_task(call([], alone))
         await alone.wait()
-        async with get_transaction(session):
-            await call([0, 0], inside, session=session)
+        async with begin(session):
+            await call([0, 0], inside, session=session if shares else INJECTED)
 
 
 async def test_who_runs_alone_lets_end_what_began_before_the_first_conflict(
@@ -589,8 +599,6 @@ async def test_who_runs_alone_lets_end_what_began_before_the_first_conflict(
             begun.set()
             await go.wait()
         elif len(turns) < 3:
-            if len(turns) == 2:
-                asyncio.get_running_loop().call_later(0.01, go.set)
             await fail(session, "40001")
         order.append(name)
 
@@ -598,29 +606,9 @@ async def test_who_runs_alone_lets_end_what_began_before_the_first_conflict(
         tasks.create_task(call("neighbour", []))
         await begun.wait()
         tasks.create_task(call("loser", []))
+        await until(lambda: order or somebody_is_to_run_alone())
+        go.set()
     assert order == ["neighbour", "loser"]
-
-
-async def test_inside_a_transaction_that_nobody_declared_nobody_waits_either(
-    maker: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its locks may be what the one that runs alone waits for."""
-    monkeypatch.setattr("txdeco.admission.COURTESY", 3600.0)
-    alone, inside = asyncio.Event(), asyncio.Event()
-
-    @transactional(source=maker, retry=Retry(attempts=3, delay=0.0))
-    @injects_session
-    async def call(turns: list[int], event: asyncio.Event, *, session: AsyncSession = INJECTED) -> None:
-        turns.append(1)
-        if len(turns) < 3:
-            await fail(session, "40001")
-        event.set()
-        await inside.wait()
-
-    async with maker() as session, session.begin(), asyncio.TaskGroup() as tasks, asyncio.timeout(20):
-        tasks.create_task(call([], alone))
-        await alone.wait()
-        await call([0, 0], inside, session=session)
 
 
 async def test_a_hook_of_a_call_that_ran_alone_does_not_wait_for_it(
